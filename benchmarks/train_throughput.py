@@ -1,0 +1,440 @@
+"""Training speed: danlu beside transformers' Trainer, in turns, on the same model, data and optimiser.
+
+    python benchmarks/train_throughput.py [--sizes 10M 50M] [--alternations 7] [--json FILE]
+
+Every contestant is a process of its own, with the allocator and the memory that its user would have. All
+are started, warmed up (compiled), and then run by turns, a few steps each, while the others sleep. The
+ratio is taken within an alternation, against the variant of the Trainer that is the faster one overall.
+
+What is equal: the weights at the start, the tokens, AdamW with float32 master weights and state, clipping
+at 1, bf16 where danlu has it. What is counted: whole steps, from one batch to the next, the loss read at
+every step.
+
+Model FLOPs a token are 6 N in matrix products and 6 L d T in attention (danlu.model.count); utilisation is
+their rate over the rate of a product of 2,048² (GPU: 8,192²) bf16 matrices, measured in every alternation.
+Memory is the peak above the resident size after imports (GPU: the most allocated).
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from danlu.model.config import ModelConfig
+from danlu.model.count import flops_per_token, parameters
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, its batch, and the steps of one turn."""
+
+    model: ModelConfig
+    batch_size: int
+    sequence_length: int
+    steps: int
+
+
+def _model(width: int, n_layers: int, n_heads: int, ffn: int, vocabulary: int, positions: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocabulary,
+        width=width,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        ffn_width=ffn,
+        max_positions=positions,
+        tied_embeddings=False,
+    )
+
+
+SIZES = {
+    "cpu": {
+        "10M": Size(_model(256, 8, 8, 688, 8192, 512), 8, 512, 6),
+        "50M": Size(_model(512, 12, 8, 1536, 8192, 512), 4, 512, 4),
+    },
+    "cuda": {
+        "124M": Size(_model(768, 12, 12, 2048, 32768, 2048), 16, 2048, 20),
+        "1.3B": Size(_model(2048, 24, 16, 5504, 32768, 2048), 8, 2048, 10),
+    },
+}
+CONTESTANTS = ("danlu", "danlu, order of sums free", "Trainer, bf16", "Trainer, bf16, compiled")
+WARM_UP = 4
+LR = 1e-3
+
+
+# The contestants: each calls `turn(loss_of_last_step)` before every step, and stops when it returns False.
+
+
+def token_stream(size: Size, seed: int = 0) -> Iterator[Any]:
+    """Batches (B, T + 1) of a language that can be learnt: half the tokens follow from the one before."""
+    import numpy as np
+    import torch
+
+    random = np.random.default_rng(seed)
+    vocabulary = size.model.vocab_size
+    successor = random.permutation(vocabulary)
+    shape = (size.batch_size, size.sequence_length + 1)
+    while True:
+        ids = random.zipf(1.3, shape) % vocabulary
+        for t in range(1, shape[1]):
+            follow = random.random(shape[0]) < 0.5
+            ids[follow, t] = successor[ids[follow, t - 1]]
+        yield torch.from_numpy(ids)
+
+
+def run_danlu(size: Size, device: str, turn: Any, deterministic: bool) -> None:
+    import torch
+
+    from danlu.core.device import choose_dtype
+    from danlu.model.transformer import Transformer
+    from danlu.tokens.loader import Batch
+    from danlu.train.compiling import has_compiler
+    from danlu.train.config import OptimConfig
+    from danlu.train.optim import make_optimizer
+    from danlu.train.run import exactness
+    from danlu.train.step import TrainStep
+
+    turn.imported()
+    torch.manual_seed(0)
+    model = Transformer(size.model).to(device)
+    optimizer = make_optimizer(model, OptimConfig(lr=LR, weight_decay=0.0))
+    dtype = choose_dtype("auto", torch.device(device))
+    step = TrainStep(model, optimizer, dtype=dtype, compile=has_compiler(), clip=1.0)
+    shape = (size.batch_size, size.sequence_length)
+    weights = torch.ones(shape)
+    weights[:, -1] = 0  # the Trainer shifts its labels, and has no target for the last token
+    positions = torch.arange(shape[1]).expand(shape).contiguous()
+    segments = torch.zeros(shape, dtype=torch.int32)
+    with exactness(deterministic):
+        loss = None
+        for ids in token_stream(size):
+            if not turn(loss):
+                return
+            batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights, positions, segments)
+            loss = step.step([batch.to(device)]).loss
+
+
+def run_trainer(size: Size, device: str, turn: Any, compiled: bool) -> None:
+    import tempfile
+
+    import torch
+    import transformers
+    from torch.utils.data import IterableDataset
+
+    from danlu.model.checkpoint import hf_name
+    from danlu.model.transformer import Transformer
+
+    turn.imported()
+
+    class Rows(IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            for ids in token_stream(size):
+                for row in ids[:, :-1]:
+                    yield {"input_ids": row, "labels": row}
+
+    class Turns(transformers.TrainerCallback):
+        loss: float | None = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not turn(self.loss):
+                control.should_training_stop = True
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            self.loss = logs.get("loss", self.loss)
+
+    torch.manual_seed(0)
+    weights = {hf_name(name): tensor for name, tensor in Transformer(size.model).state_dict().items()}
+    config = transformers.LlamaConfig(**size.model.to_hf(), attn_implementation="sdpa")
+    model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(weights)
+    del weights
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder,
+            use_cpu=device == "cpu",
+            bf16=True,
+            torch_compile=compiled,
+            max_steps=10**6,
+            per_device_train_batch_size=size.batch_size,
+            learning_rate=LR,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=Rows(), callbacks=[Turns()])
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+
+
+RUNNERS = {
+    "danlu": partial(run_danlu, deterministic=True),
+    "danlu, order of sums free": partial(run_danlu, deterministic=False),
+    "Trainer, bf16": partial(run_trainer, compiled=False),
+    "Trainer, bf16, compiled": partial(run_trainer, compiled=True),
+}
+
+
+class Turn:
+    """A contestant's side of the pipe: told how many steps to run, answers with their time and losses."""
+
+    def __init__(self, connection: Connection, device: str) -> None:
+        self.connection, self.device = connection, device
+        self.left = 0
+        self.start: float | None = None
+        self.losses: list[float] = []
+        self.resident = 0
+
+    def imported(self) -> None:
+        self.resident = psutil.Process().memory_info().rss
+
+    def __call__(self, loss: float | None) -> bool:
+        if loss is not None:
+            self.losses.append(loss)
+        if self.left == 0:
+            if self.device == "cuda":
+                import torch
+
+                torch.cuda.synchronize()
+            if self.start is not None:
+                answer = (time.perf_counter() - self.start, self.losses, self._memory())
+                self.connection.send(answer)
+            self.losses = []
+            self.left = self.connection.recv()
+            self.start = time.perf_counter()
+        self.left -= 1
+        return self.left >= 0
+
+    def _memory(self) -> int:
+        if self.device == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.resident
+
+
+def contestant(name: str, size: Size, device: str, connection: Connection) -> None:
+    """The main function of a contestant's process."""
+    sys.stdout = sys.stderr
+    try:
+        RUNNERS[name](size, device, Turn(connection, device))
+    except EOFError:  # the controller has gone
+        return
+
+
+# The controller.
+
+
+class Contestant:
+    """A contestant's process, seen from outside."""
+
+    def __init__(self, name: str, size: Size, device: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name, self.size = name, size
+        self.connection, theirs = context.Pipe()
+        # Not daemonic: torch.compile starts processes of its own.
+        self.process = context.Process(target=contestant, args=(name, size, device, theirs))
+        self.process.start()
+        theirs.close()
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self.memory = 0
+        self.first = self.run(1)
+        self.run(WARM_UP - 1)
+        self.rates.clear()
+
+    def run(self, steps: int) -> float:
+        """Runs `steps` steps; returns the seconds."""
+        self.connection.send(steps)
+        seconds, losses, self.memory = self.connection.recv()
+        self.losses += losses
+        tokens = steps * self.size.batch_size * self.size.sequence_length
+        self.rates.append(tokens / seconds)
+        return seconds
+
+    def stop(self) -> None:
+        self.connection.send(0)
+        self.connection.close()
+        self.process.join()
+
+
+def product_rate(device: str) -> float:
+    """FLOP/s of a product of square bf16 matrices, the best of several."""
+    import torch
+
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+class Quietness:
+    """Share of the processor's time that went to processes other than this run's."""
+
+    def __init__(self) -> None:
+        self.begin = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        me = psutil.Process()
+        own = sum(t.user + t.system for p in [me, *me.children(recursive=True)] for t in [p.cpu_times()])
+        return sum(times), sum(times) - times.idle - times.iowait, own
+
+    def others(self) -> float:
+        total, busy, own = (now - then for now, then in zip(self._now(), self.begin, strict=True))
+        return max(0.0, busy - own) / total
+
+
+def measure(name: str, size: Size, device: str, alternations: int) -> dict[str, Any]:
+    """One size: every contestant, turn by turn. Returns the rows and ratios of the result."""
+    racers = []
+    for contestant_name in CONTESTANTS:
+        racers.append(Contestant(contestant_name, size, device))
+        say(f"{name}: {contestant_name} is warm; first step {racers[-1].first:.1f} s")
+    quiet = Quietness()
+    products = []
+    for number in range(alternations):
+        order = racers if number % 2 == 0 else racers[::-1]
+        for racer in order:
+            racer.run(size.steps)
+        products.append(product_rate(device))
+        say(f"{name}: {number + 1}/{alternations}  " + "  ".join(f"{r.rates[-1]:.0f}" for r in racers))
+    others = quiet.others()
+    for racer in racers:
+        racer.stop()
+    return summarise(name, size, racers, products, others)
+
+
+def summarise(
+    name: str, size: Size, racers: list[Contestant], products: list[float], others: float
+) -> dict[str, Any]:
+    flops = flops_per_token(size.model, size.sequence_length)
+    peak = statistics.median(products)
+    rows = [
+        {
+            "size": name,
+            "parameters": parameters(size.model),
+            "contestant": racer.name,
+            "tokens_per_second": statistics.median(racer.rates),
+            "flops_per_second": statistics.median(racer.rates) * flops,
+            "utilisation": statistics.median(racer.rates) * flops / peak,
+            "peak_memory": racer.memory,
+            "first_step_seconds": racer.first,
+            "final_loss": statistics.mean(racer.losses[-size.steps :]),
+            "turns": racer.rates,
+            "losses": racer.losses,
+        }
+        for racer in racers
+    ]
+    ours, free, *peers = racers
+    fastest = max(peers, key=lambda racer: statistics.median(racer.rates))
+    ratios = [a / b for a, b in zip(ours.rates, fastest.rates, strict=True)]
+    low, high = median_interval(ratios)
+    gap = max(abs(a - b) / b for a, b in zip(ours.losses, fastest.losses, strict=True))
+    return {
+        "rows": rows,
+        "ratio": {
+            "against": fastest.name,
+            "median": statistics.median(ratios),
+            "interval": [low, high],
+            "each": ratios,
+            "memory": ours.memory / fastest.memory,
+            "largest_relative_gap_of_losses": gap,
+            "cost_of_determinism": statistics.median(
+                b / a - 1 for a, b in zip(ours.rates, free.rates, strict=True)
+            ),
+            "product_flops_per_second": peak,
+            "others_share_of_processor": others,
+        },
+    }
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Order statistics that hold the median with a probability of at least 95 % (sign test).
+
+    With 7 values these are the smallest and the largest (98.4 %); with fewer than 6 they hold it less often.
+    """
+    from math import comb
+
+    values, n, drop = sorted(values), len(values), 0
+    while 2 * sum(comb(n, k) for k in range(drop + 2)) / 2**n <= 0.05:
+        drop += 1
+    return values[drop], values[n - 1 - drop]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{'':6} {'':26} {'tokens/s':>9} {'GFLOP/s':>8} {'of peak':>8} {'memory':>8} {'start':>7} {'loss':>7}"
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"{row['size']:6} {row['contestant']:26} {row['tokens_per_second']:9.0f} "
+            f"{row['flops_per_second'] / 1e9:8.0f} {row['utilisation']:8.1%} "
+            f"{row['peak_memory'] / 1e6:5.0f} MB {row['first_step_seconds']:5.1f} s {row['final_loss']:7.4f}"
+        )
+    for name, ratio in result["ratios"].items():
+        low, high = ratio["interval"]
+        lines.append(
+            f"{name}: danlu is {ratio['median']:.3f} times as fast as {ratio['against']} "
+            f"[{low:.3f}, {high:.3f}], with {ratio['memory']:.2f} of its memory; losses differ by at most "
+            f"{ratio['largest_relative_gap_of_losses']:.2%}; determinism costs "
+            f"{ratio['cost_of_determinism']:.1%}; a product runs at "
+            f"{ratio['product_flops_per_second'] / 1e9:.0f} GFLOP/s; other processes took "
+            f"{ratio['others_share_of_processor']:.1%} of the processor"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--sizes", nargs="+", help="default: all of the device")
+    parser.add_argument("--alternations", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    options = parser.parse_args()
+    known = SIZES[options.device]
+    sizes = options.sizes or list(known)
+    if unknown := [name for name in sizes if name not in known]:
+        parser.error(f"unknown size {unknown[0]}; known: {', '.join(known)}")
+
+    from danlu.core.device import machine
+
+    result: dict[str, Any] = {"machine": asdict(machine()), "rows": [], "ratios": {}}
+    for name in sizes:
+        measured = measure(name, known[name], options.device, options.alternations)
+        result["rows"] += measured["rows"]
+        result["ratios"][name] = measured["ratio"]
+    print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

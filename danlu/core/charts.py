@@ -1,0 +1,136 @@
+"""Charts of a run as SVG: matplotlib draws, the page's own colours and fonts are used."""
+
+import io
+import math
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+BLUE, ORANGE, GREEN, RED = "#4c8dd6", "#e08a2e", "#35a06a", "#d9534f"
+"""Readable on white and on dark grey, and apart for the colour-blind."""
+_INK, _GRID = "#010203", "#040506"
+"""Stand for the page's own colours, and are replaced by them."""
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+_METADATA = ("Creator", "Date", "Format", "Type")
+"""What matplotlib would say about itself in every chart."""
+
+Row = Mapping[str, Any]
+
+
+class Chart:
+    """A figure that is being drawn; `svg` is there once the `with` block has ended."""
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
+        self.alt = ""
+        """The chart in words, for those who don't see it."""
+        self.svg = ""
+
+
+@contextmanager
+def _chart(name: str, xlabel: str, ylabel: str, height: float) -> Iterator[Chart]:
+    """`name` keeps the chart's ids apart from those of the page's other charts. `height`: inches of 4.8."""
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(4.8, height), layout="constrained")
+        chart = Chart(figure.add_subplot())
+        chart.axes.set(xlabel=xlabel, ylabel=ylabel)
+        yield chart
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
+    svg = buffer.getvalue().replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    svg = re.sub(r'<g id="[^"]+"', "<g", svg)  # the same in every chart, and nothing refers to them
+    opening = f'<svg class="chart" role="img" aria-label="{escape(chart.alt, quote=True)}"'
+    chart.svg = svg[svg.index("<svg") :].replace("<svg", opening, 1)
+
+
+def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the rows that have a finite number under `key`."""
+    found = [(row["step"], row.get(key)) for row in rows]
+    kept = [(step, v) for step, v in found if isinstance(v, int | float) and math.isfinite(v)]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def smooth(values: Sequence[float], weight: float) -> list[float]:
+    """Exponential moving average without the pull towards its start (Adam's bias correction)."""
+    mean, total, result = 0.0, 0.0, []
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        total = weight * total + (1 - weight)
+        result.append(mean / total)
+    return result
+
+
+def loss_chart(rows: Sequence[Row], name: str) -> str:
+    """Training loss, raw and smoothed, held-out loss, and where the guard acted."""
+    steps, losses = series(rows, "loss")
+    calm = smooth(losses, 1 - 1 / max(1.0, len(losses) / 30))  # over a thirtieth of the run
+    held_steps, held = series(rows, "held_out_loss")
+    with _chart(f"loss {name}", "step", "loss, nats per token", 2.9) as chart:
+        axes = chart.axes
+        axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, calm, color=BLUE, linewidth=1.8, label="training")
+        if held:
+            axes.plot(held_steps, held, color=ORANGE, marker="o", markersize=4, label="held out")
+        for number, row in enumerate(row for row in rows if "event" in row):
+            label = "the guard acted" if number == 0 else None
+            axes.axvline(row["step"], color=RED, linewidth=1, linestyle="--", label=label)
+        axes.legend()
+        chart.alt = f"Loss of {name} over {steps[-1]} steps, training from {losses[0]:.2f} to {calm[-1]:.2f}"
+        if held:
+            chart.alt += f", held out {held[-1]:.2f} at the end"
+    return chart.svg
+
+
+def line_chart(rows: Sequence[Row], name: str, key: str, ylabel: str, scale: float = 1.0) -> str:
+    """One figure over the steps, from zero."""
+    steps, values = series(rows, key)
+    scaled = [value * scale for value in values]
+    with _chart(f"{key} {name}", "step", ylabel, 2.3) as chart:
+        chart.axes.plot(steps, scaled, color=GREEN, linewidth=1.4)
+        chart.axes.set_ylim(0, 1.15 * max(scaled))
+        chart.axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        chart.alt = f"{ylabel} of {name} over {steps[-1]} steps, {scaled[-1]:,.4g} at the end"
+    return chart.svg
+
+
+def bar_chart(values: Mapping[str, float], name: str, xlabel: str, ours: str = "", digits: int = 2) -> str:
+    """Horizontal bars in the order given, each with its number; `ours` stands out."""
+    labels, numbers = list(values), list(values.values())
+    ticks = [textwrap.fill(label, 24) for label in labels]
+    lines = sum(tick.count("\n") + 2 for tick in ticks)
+    with _chart(name, xlabel, "", 0.6 + 0.2 * lines) as chart:
+        axes = chart.axes
+        colours = [ORANGE if label == ours else BLUE for label in labels]
+        bars = axes.barh(range(len(labels)), numbers, color=colours, height=0.65)
+        axes.bar_label(bars, [f"{number:,.{digits}f}" for number in numbers], padding=4, color=_INK)
+        axes.set_yticks(range(len(labels)), ticks)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.15 * max(numbers))
+        axes.grid(axis="y", visible=False)
+        told = ", ".join(f"{label} {number:,.{digits}f}" for label, number in values.items())
+        chart.alt = f"{xlabel}: {told}"
+    return chart.svg

@@ -1,0 +1,1 @@
+"""Documents and conversations in: read, normalise, deduplicate, split."""

@@ -1,0 +1,1 @@
+"""What a model is worth: bits per byte, compression, chat quality."""

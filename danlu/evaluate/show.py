@@ -1,0 +1,35 @@
+"""Scores as tables on the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from danlu.core.show import console, show_size, table
+from danlu.evaluate.compressors import LABELS
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Bits per byte, smallest first, and what the chat scores say."""
+    out = console()
+    if "bits_per_byte" in result:
+        out.print(compression_table(result))
+    if "chat_quality" in result:
+        out.print(chat_table(result["chat_quality"]))
+        examples = [(e["prompt"], e["reply"].strip()) for e in result["chat_quality"]["examples"][:6]]
+        out.print(table("It talks back", ("you", "model"), examples))
+
+
+def compression_table(result: Mapping[str, Any]) -> Any:
+    alone, with_model = result["bits_per_byte"], result["bits_per_byte_with_model"]
+    rows = [
+        (LABELS[name], f"{bits:.3f}", f"{with_model[name]:.3f}")
+        for name, bits in sorted(alone.items(), key=lambda item: item[1])
+    ]
+    title = f"Held-out text, {show_size(result['held_out_bytes'])}: bits per byte, fewer is better"
+    own = f"and the model's own {show_size(result['model_bytes'])}"
+    return table(title, ("", "the text alone", own), rows)
+
+
+def chat_table(quality: Mapping[str, Any]) -> Any:
+    columns = ("check", "found", "asked", "passed")
+    rows = [tuple(check[column] for column in columns) for check in quality["checks"]]
+    return table("Small talk, 20 prompts", columns, rows)

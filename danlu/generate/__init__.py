@@ -1,0 +1,1 @@
+"""Sampling and the engine that every token comes from."""

@@ -1,0 +1,141 @@
+"""The engine: prompts in, completions out, with a key-value cache. Every token in danlu comes from here."""
+
+import codecs
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danlu.core.errors import UserError
+from danlu.data.conversations import Messages
+from danlu.generate.sampling import SamplingParams, choose
+from danlu.model.cache import KVCache
+from danlu.model.transformer import Transformer
+from danlu.tokens.chat import render_prompt
+from danlu.tokens.tokenizer import Tokenizer
+
+Prompt = str | list[int] | Messages
+
+
+@dataclass
+class Completion:
+    """One answer. `logprobs`: of each of `ids`, from the model's own distribution, before any warping."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = "length"
+    """stop (a stop token came; it is the last of `ids`) or length."""
+    logprobs: list[float] = field(default_factory=list)
+
+
+class Engine:
+    """Generates from a model that it doesn't copy: live weights are always the current ones."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """A text begins like a document; messages are rendered up to the assistant's turn."""
+        if isinstance(prompt, str):
+            return [*self.tokenizer.document_start, *self.tokenizer.encode(prompt)]
+        parts: list[Any] = list(prompt)
+        if parts and isinstance(parts[0], dict):
+            return render_prompt(parts, self.tokenizer)
+        return [int(token) for token in parts]
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
+        """One completion a prompt, as one batch. Raises UserError for a prompt beyond the context."""
+        completions = [Completion() for _ in prompts]
+        for row, token, logprob, done in self._steps([self.prompt_ids(p) for p in prompts], params):
+            completion = completions[row]
+            completion.ids.append(token)
+            completion.logprobs.append(logprob)
+            completion.finish_reason = "stop" if done else "length"
+        for completion in completions:
+            completion.text = self.tokenizer.decode(completion.ids)
+        return completions
+
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
+        """The answer piece by piece, each piece whole characters; together they are `generate`'s text."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for _, token, _, _ in self._steps([self.prompt_ids(prompt)], params):
+            if piece := decoder.decode(self.tokenizer.decode_bytes([token])):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+    def chat(self, messages: Messages, params: SamplingParams) -> Completion:
+        """The assistant's next turn."""
+        return self.generate([messages], params)[0]
+
+    @torch.no_grad()
+    def _steps(
+        self, prompts: list[list[int]], params: SamplingParams
+    ) -> Iterator[tuple[int, int, float, bool]]:
+        """(row, token, log-probability, whether it ends the row), token by token."""
+        stops = self.tokenizer.stop_ids if params.stop_ids is None else params.stop_ids
+        limit = self.model.config.max_positions
+        for ids in prompts:
+            self._check_prompt(ids)
+        if not prompts:
+            return
+        longest = max(map(len, prompts))
+        room = min(limit, longest + params.max_tokens)
+        device = self.model.head_weight.device
+        dtype = self.model.compute_dtype or self.model.head_weight.dtype
+        cache = KVCache(self.model.config, len(prompts), room, dtype, device)
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], device=device)
+        last = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
+        hidden = self.model.hidden(padded, cache=cache)
+        cache.set_lengths([len(ids) for ids in prompts])
+        logits = self._logits(hidden[torch.arange(len(prompts), device=device), last])
+        generators = [_generator(params.seed, ids) for ids in prompts]
+        rows = list(range(len(prompts)))
+        for count in range(1, params.max_tokens + 1):
+            tokens = choose(logits, params, generators)
+            logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+            kept = []
+            for index, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+                if math.isnan(logprob):
+                    raise UserError("the model's logits are not numbers", "take an earlier checkpoint")
+                done = token in stops
+                yield rows[index], token, logprob, done
+                if not done and cache.lengths[index] < room:
+                    kept.append(index)
+            if not kept or count == params.max_tokens:
+                return
+            if len(kept) < len(rows):
+                cache.select(kept)
+                rows = [rows[index] for index in kept]
+                generators = [generators[index] for index in kept]
+                tokens = tokens[kept]
+            logits = self._logits(self.model.hidden(tokens[:, None], cache=cache)[:, -1])
+
+    def _check_prompt(self, ids: list[int]) -> None:
+        config = self.model.config
+        if not ids:
+            raise UserError("the prompt is empty", "give at least one token")
+        if len(ids) >= config.max_positions:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, the model's context {config.max_positions}",
+                "shorten the prompt",
+            )
+        if min(ids) < 0 or max(ids) >= config.vocab_size:
+            wrong = next(token for token in ids if not 0 <= token < config.vocab_size)
+            raise UserError(
+                f"the prompt holds the id {wrong}, the model's vocabulary has {config.vocab_size} entries",
+                "use the tokenizer that belongs to the model",
+            )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return (hidden @ self.model.head_weight.to(hidden.dtype).T).float()
+
+
+def _generator(seed: int, ids: list[int]) -> torch.Generator:
+    """Decided by seed and prompt: the draws don't depend on the rest of the batch, and differ by prompt."""
+    mixed = hashlib.blake2b(repr((seed, ids)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)

@@ -1,0 +1,1 @@
+"""The transformer, its weights in and out, and what it costs."""

@@ -1,0 +1,102 @@
+"""Many processes under torchrun: who we are, and how a model is spread. Applied from outside the model.
+
+- ddp: every process holds the whole model; gradients are summed (train/step.py does that).
+- fsdp: every process holds a slice of every tensor (PyTorch FSDP2: `fully_shard`, DTensor).
+
+Without torchrun everything here is a no-op, so that the same code runs on a laptop.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes the run folder."""
+    return rank() == 0
+
+
+def start(device: torch.device) -> torch.device:
+    """Joins the processes that torchrun started; returns this process's device."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def agree(value: Any) -> Any:
+    """The main process's `value` (any picklable object), in every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's `value`, in the order of ranks."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def any_of(flag: bool) -> bool:
+    """Whether `flag` is set in any process."""
+    return any(gather(flag)) if world_size() > 1 else flag
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Element-wise sum over the processes, in float64."""
+    if world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def shard(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """FSDP2: slices each of `blocks` and then the rest of `model` over the processes, in place.
+
+    `hidden` is called beside `forward`, so it gathers the parameters too; the outermost ones (embedding,
+    norm, head) stay gathered until the backward pass has used them.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden")
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The unsharded weights on the CPU; every process has to call it, only the main one gets them all."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)  # type: ignore[return-value]

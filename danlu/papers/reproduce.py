@@ -1,0 +1,29 @@
+"""`danlu reproduce NAME`: one table from names to experiments."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from danlu.core.config import nearest
+from danlu.core.errors import UserError
+from danlu.core.verbs import resolve
+from danlu.papers.config import ReproduceConfig
+from danlu.papers.protocol import Result, print_result, write_result
+
+EXPERIMENTS = {
+    "compression": "danlu.papers.compression:run",
+    "opt-logbook": "danlu.papers.opt_logbook:run",
+}
+"""name: "module:function", which takes (config, folder) and returns a protocol.Result."""
+
+
+def reproduce(config: ReproduceConfig) -> Result:
+    """Runs the experiment and writes result.json, plot and page. Raises UserError for an unknown name."""
+    if config.name not in EXPERIMENTS:
+        hint = nearest(config.name, EXPERIMENTS).removeprefix("; ")
+        raise UserError(f'no experiment is called "{config.name}"', hint)
+    folder = config.out or Path("runs") / "reproduce" / config.name
+    experiment: Callable[[ReproduceConfig, Path], Result] = resolve(EXPERIMENTS[config.name])
+    result = experiment(config, folder)
+    write_result(result, folder)
+    print_result(result, folder)
+    return result

@@ -1,0 +1,1 @@
+"""Tokenizers, chat rendering, token shards and the packing loader."""

@@ -1,0 +1,220 @@
+"""Documents packed into sequences: block-diagonal segments, restarted positions, exact state.
+
+A document of n tokens is n - 1 pairs (input, target). Text fills sequences as a stream: a document that is
+cut at a sequence's end goes on in the next one as a segment of its own, and no pair is lost. Conversations
+are packed whole, best fit; one that is longer than a sequence is truncated, and left out where nothing to
+learn is left of it; both are counted.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from danlu.core.errors import UserError
+from danlu.tokens.shards import Shards
+
+
+@dataclass
+class Batch:
+    """What one forward pass reads; all (B, T)."""
+
+    ids: Tensor
+    """int64"""
+    targets: Tensor
+    """int64, the token after each of `ids`"""
+    weights: Tensor
+    """float32; 0 = the target isn't learnt"""
+    positions: Tensor
+    """int64, from 0 in each segment"""
+    segments: Tensor
+    """int32, one number a segment; -1 = padding"""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def split(self, n: int) -> list["Batch"]:
+        """n batches of B / n sequences each."""
+        parts = zip(*(getattr(self, f.name).chunk(n) for f in fields(self)), strict=True)
+        return [Batch(*part) for part in parts]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that aren't padding."""
+        return int((self.segments >= 0).sum())
+
+    @property
+    def n_supervised(self) -> int:
+        return int((self.weights > 0).sum())
+
+
+Piece = tuple[int, int, int]
+"""(document, first pair, pairs)."""
+
+
+class PackedLoader:
+    """Endless batches over the shards, one shuffled pass after another.
+
+    With `world_size` processes each gets `batch_size` sequences of every batch; together they are what one
+    process with `world_size · batch_size` would get. The last batch of a pass may be padded.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        batch_size: int,
+        sequence_length: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        self.shards, self.batch_size, self.sequence_length = shards, batch_size, sequence_length
+        self.seed, self.rank, self.world_size, self.shuffle = seed, rank, world_size, shuffle
+        self.epoch = 0
+        self._batch = 0
+        self._plan: _Plan | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    @property
+    def plan(self) -> "_Plan":
+        """The rows of this pass."""
+        if self._plan is None:
+            order = np.arange(len(self.shards))
+            if self.shuffle:
+                order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
+            kind = _StreamPlan if self.shards.kind == "text" else _WholePlan
+            self._plan = kind(self.shards, order, self.sequence_length)
+        return self._plan
+
+    def __next__(self) -> Batch:
+        plan = self.plan
+        first = (self._batch * self.world_size + self.rank) * self.batch_size
+        rows = [plan.row(number) for number in range(first, first + self.batch_size)]
+        self._batch += 1
+        if self._batch * self.world_size * self.batch_size >= plan.n_rows:
+            self.epoch, self._batch, self._plan = self.epoch + 1, 0, None
+        return _assemble(self.shards, rows, self.sequence_length)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch comes from. Small, and JSON."""
+        return {
+            "data": self.shards.fingerprint(),
+            "epoch": self.epoch,
+            "batch": self._batch,
+            "seed": self.seed,
+            "sequences": self.batch_size * self.world_size,
+            "sequence_length": self.sequence_length,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues there, to the batch. Raises UserError where data or packing differ."""
+        ours = self.state_dict()
+        for key in ("data", "seed", "sequences", "sequence_length"):
+            if state[key] != ours[key]:
+                what = "other data" if key == "data" else f"{key} {state[key]}, now {ours[key]}"
+                raise UserError(
+                    f"{self.shards.folder}: the loader's state comes from {what}",
+                    "resume with the same data and settings, or start a new run",
+                )
+        self.epoch, self._batch, self._plan = state["epoch"], state["batch"], None
+
+
+def held_out_batches(shards: Shards, batch_size: int, sequence_length: int) -> Iterator[Batch]:
+    """One pass in order; every pair once (whole conversations: up to the sequence's length)."""
+    loader = PackedLoader(shards, batch_size, sequence_length, shuffle=False)
+    while loader.epoch == 0:
+        yield next(loader)
+
+
+class _Plan:
+    """The rows of one pass."""
+
+    n_rows: int
+    truncated: int = 0
+    """Conversations that lose their end …"""
+    left_out: int = 0
+    """… and those of which nothing to learn is left, so that they are not in it."""
+
+    def row(self, number: int) -> list[Piece]:
+        """Empty beyond the last row."""
+        raise NotImplementedError("abstract")
+
+
+class _StreamPlan(_Plan):
+    """Row r is the pairs r·T … (r+1)·T of all documents one after another."""
+
+    def __init__(self, shards: Shards, order: np.ndarray, length: int) -> None:
+        self.order, self.length = order, length
+        pairs = np.maximum(np.diff(shards.offsets)[order] - 1, 0)
+        self.starts = np.concatenate(([0], np.cumsum(pairs)))
+        self.n_rows = -(-int(self.starts[-1]) // length)
+
+    def row(self, number: int) -> list[Piece]:
+        position, end = number * self.length, min((number + 1) * self.length, int(self.starts[-1]))
+        index = int(np.searchsorted(self.starts, position, side="right")) - 1
+        pieces: list[Piece] = []
+        while position < end:
+            stop = min(int(self.starts[index + 1]), end)
+            if stop > position:
+                first = position - int(self.starts[index])
+                pieces.append((int(self.order[index]), first, stop - position))
+            position, index = max(stop, position), index + 1
+        return pieces
+
+
+class _WholePlan(_Plan):
+    """Each document goes into the fullest row that still has room for it."""
+
+    def __init__(self, shards: Shards, order: np.ndarray, length: int) -> None:
+        self.rows: list[list[Piece]] = []
+        room: list[tuple[int, int]] = []  # (pairs left, row), sorted
+        lengths = np.diff(shards.offsets)
+        for document in order.tolist():
+            pairs = int(lengths[document]) - 1
+            if pairs > length:
+                pairs = length
+                if not shards[document][1][1 : pairs + 1].any():
+                    self.left_out += 1
+                    continue
+                self.truncated += 1
+            if pairs <= 0:
+                continue
+            slot = bisect_left(room, (pairs, -1))
+            if slot < len(room):
+                left, row = room.pop(slot)
+            else:
+                left, row = length, len(self.rows)
+                self.rows.append([])
+            self.rows[row].append((document, 0, pairs))
+            if left > pairs:
+                insort(room, (left - pairs, row))
+        self.n_rows = len(self.rows)
+
+    def row(self, number: int) -> list[Piece]:
+        return self.rows[number] if number < self.n_rows else []
+
+
+def _assemble(shards: Shards, rows: list[list[Piece]], length: int) -> Batch:
+    shape = (len(rows), length)
+    ids, targets, positions = (np.zeros(shape, np.int64) for _ in range(3))
+    weights, segments = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
+    for r, pieces in enumerate(rows):
+        at = 0
+        for segment, (document, first, pairs) in enumerate(pieces):
+            tokens, mask = shards[document]
+            here = slice(at, at + pairs)
+            ids[r, here] = tokens[first : first + pairs]
+            targets[r, here] = tokens[first + 1 : first + pairs + 1]
+            weights[r, here] = mask[first + 1 : first + pairs + 1]
+            positions[r, here] = np.arange(pairs)
+            segments[r, here] = segment
+            at += pairs
+        positions[r, at:] = np.arange(length - at)
+    return Batch(*(torch.from_numpy(a) for a in (ids, targets, weights, positions, segments)))

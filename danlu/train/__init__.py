@@ -1,0 +1,1 @@
+"""Optimisers, schedules and the one training loop."""

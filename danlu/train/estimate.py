@@ -1,0 +1,71 @@
+"""What a training stage will cost here, for `danlu plan`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from danlu.core.device import machine
+from danlu.core.errors import UserError
+from danlu.core.verbs import Estimate
+from danlu.model import count
+from danlu.model.config import ModelConfig
+from danlu.train.compiling import should_compile
+from danlu.train.config import TrainConfig
+
+UTILISATION = 0.35
+"""Share of the machine's matrix-product rate that training reaches: `benchmarks/train_throughput.py`
+measures 30 to 50 % from 10 to 50 million parameters; smaller models reach less."""
+
+TORCH_BYTES = 300_000_000
+"""What torch, its distributed checkpoints and the tokenizer keep resident."""
+START_SECONDS, COMPILE_SECONDS = 2, 5
+"""Until the first step; the compiler takes twice that the first time, and less from its cache."""
+
+
+def estimate_training(config: TrainConfig, upstream: Mapping[str, Estimate]) -> Estimate:
+    """`upstream`: the estimates of the stages that `data` and `init_from` read, where these are stages."""
+    data = upstream.get("data", Estimate()).outputs
+    sizes, problems = _sizes(config, upstream)
+    vocabulary = data.get("vocab_size")
+    if config.model is not None and vocabulary not in (None, sizes.vocab_size):
+        problems.append(f"model.vocab_size is {sizes.vocab_size}, the tokenizer has {vocabulary} entries")
+    if config.sequence_length > sizes.max_positions:
+        problems.append(
+            f"sequence_length {config.sequence_length} is beyond max_positions {sizes.max_positions}"
+        )
+    tokens = config.steps * config.batch_size * config.sequence_length
+    here = machine()
+    low = config.dtype == "bf16" or (config.dtype == "auto" and here.bf16_native)
+    flops = tokens * count.flops_per_token(sizes, config.sequence_length)
+    micro_batch = max(1, config.batch_size // config.accumulate) * config.sequence_length
+    try:
+        compiled = should_compile(config.compile, sizes, tokens, config.sequence_length)
+    except UserError as error:
+        compiled = False
+        problems.append(f"{error.message}: {error.remedy}")
+    memory = TORCH_BYTES + count.training_memory(
+        sizes, micro_batch, 2 if low else 4, config.checkpoint_activations, config.optim.name, compiled
+    )
+    if memory > here.memory_bytes:
+        problems.append(
+            f"needs about {memory / 1e9:.1f} GB of memory, this machine has {here.memory_bytes / 1e9:.1f}"
+        )
+    rate = 1e9 * (here.bf16_gflops if low else here.f32_gflops) * UTILISATION
+    outputs = {"parameters": count.parameters(sizes), "model": sizes.model_dump()}
+    seconds = START_SECONDS + (COMPILE_SECONDS if compiled else 0) + flops / rate
+    return Estimate(tokens, flops, memory, seconds, outputs, problems)
+
+
+def _sizes(config: TrainConfig, upstream: Mapping[str, Estimate]) -> tuple[ModelConfig, list[str]]:
+    """The sizes of the model to be trained, and what speaks against them."""
+    if config.model is not None:
+        return config.model, []
+    if config.init_from is None:
+        vocabulary = upstream.get("data", Estimate()).outputs.get("vocab_size", 4096)
+        return ModelConfig(vocab_size=vocabulary, max_positions=config.sequence_length), []
+    if "init_from" in upstream and "model" in upstream["init_from"].outputs:
+        return ModelConfig(**upstream["init_from"].outputs["model"]), []
+    for folder in (config.init_from, config.init_from / "model"):
+        if (folder / "config.json").is_file():
+            return ModelConfig.from_hf(json.loads(Path(folder / "config.json").read_text("utf-8"))), []
+    return ModelConfig(), [f"{config.init_from}: no model there yet; its size is guessed"]

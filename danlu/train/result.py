@@ -1,0 +1,27 @@
+"""What came out of a training run."""
+
+from pydantic import BaseModel
+
+
+class TrainResult(BaseModel):
+    """The figures of a run; `result.json` of its stage."""
+
+    parameters: int
+    steps: int
+    tokens: int
+    epochs: float
+    loss: float
+    """Mean training loss of the last tenth of the steps, nats per supervised token."""
+    held_out_loss: float | None
+    """Nats per supervised held-out token, after."""
+    held_out_loss_before: float | None
+    """The same before the first step; only where the run started from a model."""
+    bits_per_byte: float | None
+    """Of the supervised held-out text, after."""
+    interventions: int
+    """Of the loss-spike guard."""
+    seconds: float
+    """Spent in training steps, over all resumes."""
+    tokens_per_second: float
+    model: str
+    """Folder of the model."""

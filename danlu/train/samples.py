@@ -1,0 +1,31 @@
+"""Samples while training: the same engine that generates later."""
+
+import torch
+
+from danlu.generate.engine import Engine
+from danlu.generate.sampling import SamplingParams
+from danlu.model import parallel
+from danlu.model.transformer import Transformer
+from danlu.tokens.tokenizer import Tokenizer
+from danlu.train.config import TrainConfig
+
+
+def sample(model: Transformer, tokenizer: Tokenizer, config: TrainConfig, kind: str) -> list[str]:
+    """One continuation (of text) or reply (in chat) for each of `sample_prompts`, by the main process.
+
+    Leaves torch's random generator as it was. A sharded model is gathered on the main process's CPU.
+    """
+    if parallel.world_size() > 1 and config.parallel == "fsdp":
+        weights = parallel.whole_state_dict(model)
+        model = Transformer(model.config)
+        if parallel.is_main():
+            model.load_state_dict(weights)
+    if not parallel.is_main():
+        return []
+    prompts = [
+        [{"role": "user", "content": prompt}] if kind == "chat" else prompt
+        for prompt in config.sample_prompts
+    ]
+    params = SamplingParams(max_tokens=config.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)
+    with torch.random.fork_rng():
+        return [completion.text for completion in Engine(model, tokenizer).generate(prompts, params)]

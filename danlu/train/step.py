@@ -1,0 +1,103 @@
+"""One optimiser step: forward, backward, sums over processes, clipping, update."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from danlu.core.allocator import keep_freed_memory
+from danlu.core.errors import UserError
+from danlu.model.cross_entropy import linear_cross_entropy
+from danlu.model.transformer import Transformer
+from danlu.tokens.loader import Batch
+from danlu.train.compiling import compiled_layers
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of all processes. `loss`: mean nats of the supervised tokens; `grad_norm`: before clipping."""
+
+    loss: float
+    n_supervised: float
+    grad_norm: float
+
+
+class TrainStep:
+    """Updates a model by batches.
+
+    Every loss is a sum divided by the number of supervised tokens of the whole step, over all
+    micro-batches and all processes, so that how a batch is cut does not change the gradient.
+
+    Weights, gradients and the optimiser's state are float32; `dtype` is that of activations and products.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: Optimizer,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        clip: float = 1.0,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        """`clip`: largest global norm of the gradient, 0 = none; `compile`: see `compiling.py`."""
+        self.model, self.optimizer, self.clip, self.compile = model, optimizer, clip, compile
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.sharded = isinstance(model, FSDPModule)
+        model.compute_dtype = dtype
+        model.checkpoint_activations = checkpoint_activations
+        keep_freed_memory()
+
+    def step(self, batches: list[Batch]) -> StepResult:
+        """One update by the micro-batches in `batches` (and by those of the other processes).
+
+        Raises UserError when no token is supervised. Where the loss or the gradient is not finite the
+        weights stay as they are; the caller sees it in the result.
+        """
+        loss, n_supervised = self.accumulate(batches)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        result = StepResult(loss, n_supervised, norm.item())
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            if self.clip and result.grad_norm > self.clip:
+                torch._foreach_mul_(gradients, self.clip / result.grad_norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return result
+
+    def accumulate(self, batches: list[Batch]) -> tuple[float, float]:
+        """Leaves the gradient of the mean loss in the parameters; returns that loss and its token count."""
+        count = torch.stack([batch.weights.double().sum() for batch in batches]).sum()
+        n_supervised = self._sum_over_processes(count).item()
+        if n_supervised == 0:
+            raise UserError("a batch has no supervised token", "look at the data with `danlu inspect`")
+        with compiled_layers(self.model) if self.compile else nullcontext():
+            losses = [self._backward(batch, n_supervised) for batch in batches]
+        if not self.sharded:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    self._sum_over_processes(parameter.grad)
+        return self._sum_over_processes(torch.stack(losses).sum()).item(), n_supervised
+
+    def _backward(self, batch: Batch, n_supervised: float) -> Tensor:
+        """Adds the gradient of one micro-batch; returns its share of the mean loss."""
+        hidden = self.model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)
+        weights = batch.weights.flatten() / n_supervised
+        loss = linear_cross_entropy(hidden, self.model.head_weight, batch.targets.flatten(), weights)
+        # FSDP2 averages gradients over the processes; the sum is wanted.
+        (loss * dist.get_world_size() if self.sharded else loss).backward()
+        return loss.detach()
+
+    @staticmethod
+    def _sum_over_processes(value: Tensor) -> Tensor:
+        if dist.is_initialized():
+            dist.all_reduce(value)
+        return value

@@ -1,0 +1,103 @@
+"""Model folders: transformers reads what we write, we read what it writes, and damage has a name."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from danlu.core.errors import UserError
+from danlu.model.checkpoint import load_model, resolve, save_model
+from danlu.model.config import ModelConfig
+from danlu.model.transformer import Transformer
+
+IDS = torch.arange(40)[None]
+
+
+class StubTokenizer:
+    """What save_model asks of a tokenizer."""
+
+    bos_id, eos_id, stop_ids = None, 0, [0, 2]
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def sizes(**changes: object) -> ModelConfig:
+    values = {"vocab_size": 60, "width": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_width": 48}
+    return ModelConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_our_folder(tmp_path: Path, tied: bool) -> None:
+    model = Transformer(sizes(tied_embeddings=tied, norm_eps=1e-4, rope_theta=5e4))
+    save_model(model, tmp_path / "m", StubTokenizer())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert theirs.dtype == torch.float32
+    assert theirs.generation_config.eos_token_id == [0, 2]
+    assert (tmp_path / "m/README.md").read_text().startswith("---\nlibrary_name: transformers")
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS), atol=1e-4, rtol=0)
+    back = load_model(tmp_path / "m")
+    assert back.config == model.config
+    assert torch.equal(back(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_we_load_the_folder_of_transformers(tmp_path: Path, tied: bool) -> None:
+    config = LlamaConfig(**sizes(tied_embeddings=tied).to_hf())
+    theirs = LlamaForCausalLM(config)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    torch.testing.assert_close(load_model(tmp_path)(IDS), theirs(IDS).logits, atol=1e-4, rtol=0)
+
+
+def test_dtype_is_the_saved_one_or_the_one_asked_for(tmp_path: Path) -> None:
+    save_model(Transformer(sizes()).bfloat16(), tmp_path / "m")
+    assert load_model(tmp_path / "m").head_weight.dtype == torch.bfloat16
+    assert load_model(tmp_path / "m", torch.float32).head_weight.dtype == torch.float32
+    assert json.loads((tmp_path / "m/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "no tensor model.norm.weight"),
+        (lambda t: t.update(extra=torch.ones(1)), "unknown tensor extra"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(7)}), r"model.norm.weight has shape \(7,\)"),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path: Path, change: object, message: str) -> None:
+    save_model(Transformer(sizes()), tmp_path / "m")
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "m")
+
+
+def test_a_cut_file_is_an_error(tmp_path: Path) -> None:
+    save_model(Transformer(sizes()), tmp_path / "m")
+    file = tmp_path / "m/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"model\.safetensors.*incomplete"):
+        load_model(tmp_path / "m")
+
+
+def test_a_model_reference_is_resolved(tmp_path: Path) -> None:
+    model = Transformer(sizes())
+    for number, stage in enumerate(["pretrain", "chat", "unfinished"]):
+        save_model(model, tmp_path / stage / "model")
+        if stage != "unfinished":
+            (tmp_path / stage / "DONE").touch()
+            os.utime(tmp_path / stage / "DONE", (number, number))
+    assert resolve(tmp_path / "chat" / "model") == tmp_path / "chat" / "model"
+    assert resolve(tmp_path / "pretrain") == tmp_path / "pretrain" / "model"
+    assert resolve(tmp_path) == tmp_path / "chat" / "model"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="does not exist"):
+        resolve(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no model"):
+        resolve(tmp_path / "empty")
