@@ -18,7 +18,6 @@ Memory is the peak above the resident size after imports (GPU: the most allocate
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from typing import Any
 
 import psutil
 
+from danlu.core.host import peak_rss_bytes
 from danlu.model.config import ModelConfig
 from danlu.model.count import flops_per_token, parameters
 
@@ -227,7 +227,7 @@ class Turn:
             import torch
 
             return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.resident
+        return peak_rss_bytes() - self.resident
 
 
 def contestant(name: str, size: Size, device: str, connection: Connection) -> None:
