@@ -59,7 +59,7 @@ class Stepper:
             fresh = self.history[:, -(self.window // 2) :]
             self.cache = self._new_cache(len(self.history))
         hidden = self.model.hidden(fresh, cache=self.cache)[:, -1]
-        return (hidden @ self.model.head_weight.T).softmax(dim=-1).numpy()
+        return self.model.logits(hidden).softmax(dim=-1).numpy()
 
     def window_is_full(self) -> None:
         """Called before the last half is read again; `history` holds `window` + 1 tokens of each stream."""

@@ -92,7 +92,7 @@ class Engine:
         last = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
         hidden = self.model.hidden(padded, cache=cache)
         cache.set_lengths([len(ids) for ids in prompts])
-        logits = self._logits(hidden[torch.arange(len(prompts), device=device), last])
+        logits = self.model.logits(hidden[torch.arange(len(prompts), device=device), last]).float()
         generators = [_generator(params.seed, ids) for ids in prompts]
         rows = list(range(len(prompts)))
         for count in range(1, params.max_tokens + 1):
@@ -113,7 +113,7 @@ class Engine:
                 rows = [rows[index] for index in kept]
                 generators = [generators[index] for index in kept]
                 tokens = tokens[kept]
-            logits = self._logits(self.model.hidden(tokens[:, None], cache=cache)[:, -1])
+            logits = self.model.logits(self.model.hidden(tokens[:, None], cache=cache)[:, -1]).float()
 
     def _check_prompt(self, ids: list[int]) -> None:
         config = self.model.config
@@ -130,9 +130,6 @@ class Engine:
                 f"the prompt holds the id {wrong}, the model's vocabulary has {config.vocab_size} entries",
                 "use the tokenizer that belongs to the model",
             )
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return (hidden @ self.model.head_weight.to(hidden.dtype).T).float()
 
 
 def _generator(seed: int, ids: list[int]) -> torch.Generator:

@@ -3,7 +3,7 @@
 A block of queries is multiplied with the keys that some row of it can see only, which at least halves the
 work of a masked square. Its probabilities are computed again in the backward pass (Dao et al. 2022,
 FlashAttention, section 3.1), from whole rows of scores: on a CPU a block of them fits the cache, and no
-running maximum is needed.
+running maximum is needed. Sliding windows, ALiBi and soft-capped scores are computed the same way.
 """
 
 import math
@@ -14,7 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danlu.model.positions import alibi_slopes
+
 BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How the scores of a layer are made of q · k."""
+
+    scale: float
+    """Factor of q · k."""
+    window: int = 0
+    """Tokens that a query sees, itself included; 0 = all."""
+    alibi: bool = False
+    """Whether a head's score falls with the distance (`positions.alibi_slopes`)."""
+    softcap: float = 0.0
+    """c: scores become c tanh(score / c), before ALiBi; 0 = none (Gemma 2)."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether PyTorch's own attention computes them."""
+        return not (self.window or self.alibi or self.softcap)
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,7 @@ class Block:
     mask: Tensor
 
 
-def plan_blocks(ids: Tensor, segments: Tensor | None, dtype: torch.dtype) -> list[Block]:
+def plan_blocks(ids: Tensor, segments: Tensor | None, dtype: torch.dtype, window: int = 0) -> list[Block]:
     """How the queries of a batch are cut into blocks. `ids` (B, T) gives the shape and the device.
 
     A segment is a run of equal numbers in a row of `segments` (B, T). Blocks whose rows all begin before
@@ -39,6 +60,9 @@ def plan_blocks(ids: Tensor, segments: Tensor | None, dtype: torch.dtype) -> lis
     n_tokens = ids.shape[1]
     index = torch.arange(n_tokens, device=ids.device)
     starts = None if segments is None else segment_starts(segments)
+    if window:
+        edge = (index - (window - 1)).clamp(min=0)[None]
+        starts = edge if starts is None else starts.maximum(edge)
     earliest = [0] * n_tokens if starts is None else starts.amin(0).tolist()
     latest = [0] * n_tokens if starts is None else starts.amax(0).tolist()
     blocks = []
@@ -62,27 +86,29 @@ def segment_starts(segments: Tensor) -> Tensor:
     return index.where(begins, 0).cummax(1).values
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
-    """softmax(q kᵀ / √head) v over the earlier tokens of the same segment.
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], scores: Scores | None = None
+) -> Tensor:
+    """softmax(scores of q kᵀ) v over the earlier tokens of the same segment and window.
 
-    q (B, H, T, head); k, v (B, H_kv, T, head), each shared by H / H_kv query heads.
-    Returns (B, T, H, head).
+    q (B, H, T, head); k, v (B, H_kv, T, head), each shared by H / H_kv query heads. `scores`: default
+    q kᵀ / √head. Returns (B, T, H, head).
     """
-    return _CausalAttention.apply(q, k, v, blocks)
+    return _CausalAttention.apply(q, k, v, blocks, scores or Scores(q.shape[-1] ** -0.5))
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], scores: Scores) -> Tensor:
         b, h, t, head = q.shape
-        q, k, v = q * head**-0.5, k.flatten(0, 1), v.flatten(0, 1)
+        q, k, v = q * scores.scale, k.flatten(0, 1), v.flatten(0, 1)
         out = q.new_empty(b, t, h, head)
         for block in blocks:
-            p = _probabilities(_rows(q, k, block), k, block, b)
+            p, _ = _probabilities(_rows(q, k, block), k, block, b, scores)
             y = p @ v[:, block.first : block.end]
             out[:, block.begin : block.end] = y.view(b, h, -1, head).transpose(1, 2)
         ctx.save_for_backward(q, k, v)
-        ctx.blocks = blocks
+        ctx.blocks, ctx.scores = blocks, scores
         return out
 
     @staticmethod
@@ -96,17 +122,20 @@ class _CausalAttention(torch.autograd.Function):
         for block in ctx.blocks:
             rows, keys = slice(block.begin, block.end), slice(block.first, block.end)
             q_rows, d = _rows(q, k, block), _rows(dout, k, block)
-            p = _probabilities(q_rows, k, block, b)
+            p, slope = _probabilities(q_rows, k, block, b, ctx.scores)
             dv[:, keys] += p.mT @ d
             dp = d @ v[:, keys].mT
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            if slope is not None:
+                ds = ds * slope
             dq[:, :, rows] = (ds @ k[:, keys]).view(b, h, -1, head)
             dk[:, keys] += ds.mT @ q_rows
         heads = (b, -1)
         return (
-            dq.mul_(head**-0.5),
+            dq.mul_(ctx.scores.scale),
             dk.to(k.dtype).unflatten(0, heads),
             dv.to(v.dtype).unflatten(0, heads),
+            None,
             None,
         )
 
@@ -116,17 +145,35 @@ def _rows(x: Tensor, k: Tensor, block: Block) -> Tensor:
     return x[:, :, block.begin : block.end].reshape(k.shape[0], -1, x.shape[3])
 
 
-def _probabilities(q_rows: Tensor, k: Tensor, block: Block, batch_size: int) -> Tensor:
-    """(B · H_kv, H / H_kv · rows, keys), each row summing to one."""
-    scores = q_rows @ k[:, block.first : block.end].mT
+def _probabilities(
+    q_rows: Tensor, k: Tensor, block: Block, batch_size: int, how: Scores
+) -> tuple[Tensor, Tensor | None]:
+    """(B · H_kv, H / H_kv · rows, keys), each row summing to one; and the soft cap's derivative, if any."""
+    scores, slope = q_rows @ k[:, block.first : block.end].mT, None
+    if how.softcap or how.alibi:
+        scores = scores.float()
+    if how.softcap:
+        bent = (scores / how.softcap).tanh_()
+        slope, scores = (1 - bent.square()).to(k.dtype), bent * how.softcap
     each_head = scores.view(batch_size, -1, block.end - block.begin, scores.shape[2])
+    if how.alibi:
+        queries = torch.arange(block.begin, block.end, device=k.device)
+        each_head += alibi(each_head.shape[1], queries, torch.arange(block.first, block.end, device=k.device))
     each_head[..., -block.mask.shape[3] :] += block.mask
-    return scores.softmax(-1)
+    return scores.softmax(-1).to(k.dtype), slope
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def alibi(n_heads: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """What ALiBi adds to the scores: (H, *queries, keys) float32, minus slope · distance."""
+    distance = queries[..., None] - keys
+    slopes = alibi_slopes(n_heads).to(keys.device)
+    return -slopes.view(-1, *[1] * distance.ndim) * distance
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """As `causal_attention`, by PyTorch's kernels: the fast way on a GPU. `mask`: see `square_mask`."""
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    causal = mask is None
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True)
     return y.transpose(1, 2)
 
 
@@ -139,10 +186,27 @@ def square_mask(segments: Tensor | None) -> Tensor | None:
     return ((index <= index[:, None]) & (index >= starts[..., None]))[:, None]
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """Attention of new tokens over a cache: a query at position p sees the slots 0 … p.
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, how: Scores) -> Tensor:
+    """Attention of new tokens over a cache: a query at position p sees the slots up to p, in its window.
 
     q (B, H, T, head); k, v (B, H_kv, S, head); positions (B or 1, T). Returns (B, T, H, head).
     """
-    mask = torch.arange(k.shape[2], device=q.device) <= positions[:, None, :, None]
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+    slots = torch.arange(k.shape[2], device=q.device)
+    seen = slots <= positions[..., None]
+    if how.window:
+        seen &= slots > positions[..., None] - how.window
+    mask = seen[:, None]
+    if how.alibi:
+        bias = alibi(q.shape[1], positions, slots).transpose(0, 1)
+        mask = bias.masked_fill(~mask, -math.inf).to(q.dtype)
+    if not how.softcap:
+        y = F.scaled_dot_product_attention(q, k, v, mask, scale=how.scale, enable_gqa=True)
+        return y.transpose(1, 2)
+    groups = q.shape[1] // k.shape[1]
+    rows = q.unflatten(1, (-1, groups)).flatten(2, 3)
+    scores = (rows @ k.mT).float() * how.scale
+    scores = (scores / how.softcap).tanh() * how.softcap
+    scores = scores.unflatten(2, (groups, -1)).flatten(1, 2)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    p = scores.softmax(-1).to(q.dtype).unflatten(1, (-1, groups)).flatten(2, 3)
+    return (p @ v).unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)

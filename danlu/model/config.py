@@ -1,96 +1,152 @@
-"""Sizes of a model, and their translation from and to Hugging Face's config.json. Imports no torch."""
+"""Sizes of a model and what its blocks are made of. Imports no torch.
 
-from collections.abc import Mapping
-from typing import Any, Self
+What a model does hangs on these fields alone; `families.py` says which published families set them how.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from danlu.core.config import Config
-from danlu.core.errors import UserError
 
-ARCHITECTURE = "LlamaForCausalLM"
+
+class RopeScaling(Config):
+    """How rotary angles are stretched to contexts beyond those that a model was trained on."""
+
+    kind: Literal["linear", "dynamic", "yarn", "llama3"] = Field(
+        description="linear: positions / factor; dynamic: NTK-aware base that grows with the length; "
+        "yarn: by parts, from interpolation to extrapolation; llama3: low frequencies only"
+    )
+    factor: float = Field(ge=1, description="how many times longer the context becomes")
+    original: int = Field(0, ge=0, description="positions that the model was trained on")
+    low: float = Field(1.0, gt=0, description="yarn: beta_slow; llama3: low_freq_factor")
+    high: float = Field(32.0, gt=0, description="yarn: beta_fast; llama3: high_freq_factor")
+    attention: float = Field(
+        0.0, ge=0, description="yarn: factor of the rotated vectors; 0 = 0.1 ln(factor) + 1"
+    )
+    truncate: bool = Field(True, description="yarn: whole frequencies only")
 
 
 class ModelConfig(Config):
-    """A decoder transformer in the LLaMA shape (Touvron et al. 2023, section 2.2)."""
+    """A decoder transformer; by default in the LLaMA shape (Touvron et al. 2023, section 2.2)."""
 
     vocab_size: int = Field(4096, ge=1, description="rows of the embedding")
     width: int = Field(256, ge=2, description="width of the residual stream")
     n_layers: int = Field(6, ge=1, description="blocks of attention and feed-forward")
-    n_heads: int = Field(8, ge=1, description="query heads; each is width / n_heads wide")
+    n_heads: int = Field(8, ge=1, description="query heads")
     n_kv_heads: int = Field(8, ge=1, description="key and value heads; fewer than n_heads = grouped-query")
-    ffn_width: int = Field(688, ge=1, description="inner width of the SwiGLU feed-forward")
+    head_width: int = Field(0, ge=0, description="width of a head; 0 = width / n_heads")
+    ffn_width: int = Field(688, ge=1, description="inner width of the feed-forward")
     max_positions: int = Field(2048, ge=2, description="longest sequence, in tokens")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary angles")
-    norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
+    norm_eps: float = Field(1e-5, gt=0, description="epsilon of the norms")
     tied_embeddings: bool = Field(True, description="the output matrix is the embedding")
+
+    positions: Literal["rope", "learned", "alibi", "none"] = Field(
+        "rope", description="how a token knows where it is"
+    )
+    position_offset: int = Field(0, ge=0, description="learned: rows before the first position's")
+    rope_width: int = Field(0, ge=0, description="rotated entries of a head; 0 = all")
+    rope_scaling: RopeScaling | None = Field(None, description="stretching of the rotary angles")
+    rope_layers: tuple[bool, ...] = Field((True,), description="which layers rotate, in a cycle")
+    window: int = Field(0, ge=0, description="tokens that a local layer's query sees, itself included; 0 = all")
+    local_layers: tuple[bool, ...] = Field((True,), description="which layers have the window, in a cycle")
+    local_rope_theta: float = Field(
+        0.0, ge=0, description="base of the angles in local layers, unscaled; 0 = as in the others"
+    )
+    attention_scale: float = Field(0.0, ge=0, description="factor of q · k; 0 = 1 / √head_width")
+    attention_softcap: float = Field(0.0, ge=0, description="c: scores become c tanh(score / c); 0 = none")
+    qk_norm: bool = Field(False, description="norm of each query and key head before they are rotated")
+    qkv_bias: bool = Field(False, description="biases of the query, key and value matrices")
+    out_bias: bool = Field(False, description="bias of the attention's output matrix")
+
+    ffn: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "silu"] = Field(
+        "swiglu", description="activation of the feed-forward; …glu: gated by a second matrix"
+    )
+    ffn_bias: bool = Field(False, description="biases of the feed-forward's matrices")
+    n_experts: int = Field(0, ge=0, description="experts of a mixture-of-experts layer; 0 = dense")
+    n_active: int = Field(2, ge=1, description="experts that a token goes through")
+    expert_width: int = Field(0, ge=0, description="inner width of an expert; 0 = ffn_width")
+    normalised_experts: bool = Field(True, description="the weights of a token's experts sum to one")
+    moe_layers: tuple[bool, ...] = Field((True,), description="which layers have experts, in a cycle")
+
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="norm; layernorm has a bias")
+    norm_plus_one: bool = Field(False, description="the norm's factor is 1 + its weight")
+    norm_place: Literal["pre", "post", "both"] = Field(
+        "pre", description="pre: of what enters a sublayer; post: of the sum after it; both: before it, and "
+        "of what it gives"
+    )  # fmt: skip
+    parallel_residual: bool = Field(False, description="attention and feed-forward read the same stream")
+    one_norm: bool = Field(False, description="with parallel_residual: they share one norm too")
+    embedding_norm: bool = Field(False, description="norm of the embeddings")
+    embedding_scale: float = Field(1.0, gt=0, description="factor of the embeddings")
+    embedding_width: int = Field(0, ge=0, description="width of the embeddings, projected to width; 0 = width")
+    head_bias: bool = Field(False, description="bias of the output matrix")
+    logit_softcap: float = Field(0.0, ge=0, description="c: logits become c tanh(logit / c); 0 = none")
+
+    family: str = Field(
+        "llama", description="Hugging Face family that it is saved as, where that can express it"
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        if self.width % (2 * self.n_heads):
-            raise ValueError(f"width {self.width} is not an even multiple of n_heads {self.n_heads}")
+        if not self.head_width:
+            if self.width % self.n_heads:
+                raise ValueError(f"width {self.width} is not a multiple of n_heads {self.n_heads}")
+            self.__dict__["head_width"] = self.width // self.n_heads
+        if self.positions == "rope" and (self.rope_width or self.head_width) % 2:
+            raise ValueError(f"the rotated width {self.rope_width or self.head_width} of a head is odd")
+        if self.rope_width > self.head_width:
+            raise ValueError(f"rope_width {self.rope_width} is beyond head_width {self.head_width}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.n_experts and self.n_active > self.n_experts:
+            raise ValueError(f"n_active {self.n_active} is more than n_experts {self.n_experts}")
+        if self.head_bias and self.tied_embeddings:
+            raise ValueError("head_bias needs tied_embeddings false")
+        if self.one_norm and not self.parallel_residual:
+            raise ValueError("one_norm needs parallel_residual")
+        if self.parallel_residual and self.norm_place != "pre":
+            raise ValueError("parallel_residual needs norm_place pre")
+        # One way to say each thing, so that equal models have equal configs.
+        for name in ("rope_layers", "local_layers", "moe_layers"):
+            self.__dict__[name] = _shortest_cycle(getattr(self, name), self.n_layers)
+        if self.rope_width == self.head_width:
+            self.__dict__["rope_width"] = 0
+        if self.embedding_width == self.width:
+            self.__dict__["embedding_width"] = 0
         return self
 
+    def window_of(self, layer: int) -> int:
+        """Tokens that a query of this layer sees, itself included; 0 = all."""
+        return self.window if self.local_layers[layer % len(self.local_layers)] else 0
+
+    def rope_theta_of(self, layer: int) -> tuple[float, RopeScaling | None] | None:
+        """Base and stretching of this layer's rotary angles; None where it doesn't rotate."""
+        if self.positions != "rope" or not self.rope_layers[layer % len(self.rope_layers)]:
+            return None
+        if self.local_rope_theta and self.window_of(layer):
+            return self.local_rope_theta, None
+        return self.rope_theta, self.rope_scaling
+
+    def has_experts(self, layer: int) -> bool:
+        return self.n_experts > 0 and self.moe_layers[layer % len(self.moe_layers)]
+
     @property
-    def head_width(self) -> int:
-        return self.width // self.n_heads
+    def gated(self) -> bool:
+        return self.ffn in ("swiglu", "geglu", "geglu_tanh")
 
-    def to_hf(self) -> dict[str, Any]:
-        """The content of a config.json that transformers, vLLM and llama.cpp read."""
-        return {
-            "architectures": [ARCHITECTURE],
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.width,
-            "num_hidden_layers": self.n_layers,
-            "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_kv_heads,
-            "head_dim": self.head_width,
-            "intermediate_size": self.ffn_width,
-            "max_position_embeddings": self.max_positions,
-            "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tied_embeddings,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "attention_dropout": 0.0,
-            "initializer_range": 0.02,
-        }
+    @property
+    def score_scale(self) -> float:
+        """Factor of q · k."""
+        return self.attention_scale or self.head_width**-0.5
 
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json") -> Self:
-        """Reads a LlamaForCausalLM config.json (of transformers 4 or 5).
 
-        Raises UserError naming the first setting that danlu does not implement.
-        """
-        architecture = (hf.get("architectures") or [None])[0]
-        if architecture != ARCHITECTURE:
-            raise UserError(f"{where}: architecture {architecture!r}", f"danlu knows {ARCHITECTURE}")
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        heads = hf["num_attention_heads"]
-        required = {
-            "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
-            "attention_bias": (hf.get("attention_bias", False), False),
-            "mlp_bias": (hf.get("mlp_bias", False), False),
-            "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-            "head_dim": (hf.get("head_dim") or hf["hidden_size"] // heads, hf["hidden_size"] // heads),
-        }
-        for key, (found, known) in required.items():
-            if found != known:
-                raise UserError(f"{where}: {key} is {found!r}", f"danlu knows {known!r} only")
-        return cls(
-            vocab_size=hf["vocab_size"],
-            width=hf["hidden_size"],
-            n_layers=hf["num_hidden_layers"],
-            n_heads=heads,
-            n_kv_heads=hf.get("num_key_value_heads") or heads,
-            ffn_width=hf["intermediate_size"],
-            max_positions=hf.get("max_position_embeddings", 2048),
-            rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10000.0),
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tied_embeddings=hf.get("tie_word_embeddings", False),
-        )
+def _shortest_cycle(flags: Sequence[bool], n_layers: int) -> tuple[bool, ...]:
+    """The shortest cycle that gives the same flag to each layer."""
+    whole = [flags[i % len(flags)] for i in range(n_layers)] if flags else [True]
+    for length in range(1, len(whole) + 1):
+        if all(whole[i] == whole[i % length] for i in range(len(whole))):
+            return tuple(whole[:length])
+    return tuple(whole)

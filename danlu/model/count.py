@@ -4,28 +4,95 @@ from danlu.model.config import ModelConfig
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Weights that every token is multiplied with: all matrices and the head, not the embedding look-up."""
-    kv_width = config.n_kv_heads * config.head_width
-    attention = 2 * config.width * config.width + 2 * config.width * kv_width
-    feed_forward = 3 * config.width * config.ffn_width
-    return config.n_layers * (attention + feed_forward) + config.vocab_size * config.width
+    """Weights that every token is multiplied with: matrices, of experts the active ones, and the head."""
+    inner = _attention_parameters(config) * config.n_layers
+    inner += sum(_ffn_parameters(config, layer, config.n_active) for layer in range(config.n_layers))
+    return inner + _head_parameters(config)
 
 
 def parameters(config: ModelConfig) -> int:
     """All trained numbers."""
-    norms = (2 * config.n_layers + 1) * config.width
-    embedding = 0 if config.tied_embeddings else config.vocab_size * config.width
-    return matmul_parameters(config) + norms + embedding
+    matrices = config.n_layers * _attention_parameters(config)
+    matrices += sum(_ffn_parameters(config, layer, config.n_experts) for layer in range(config.n_layers))
+    own_head = 0 if config.tied_embeddings else config.vocab_size * (config.embedding_width or config.width)
+    projections = 2 * config.embedding_width * config.width
+    return matrices + embedding_parameters(config) + own_head + projections + _vectors(config)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Those that one token goes through: all but the experts that it is not sent to."""
+    idle = sum(
+        _ffn_parameters(config, layer, config.n_experts) - _ffn_parameters(config, layer, config.n_active)
+        for layer in range(config.n_layers)
+    )
+    biases = _ffn_biases(config, config.expert_width or config.ffn_width)
+    experts = sum(config.has_experts(layer) for layer in range(config.n_layers))
+    return parameters(config) - idle - experts * (config.n_experts - config.n_active) * biases
+
+
+def embedding_parameters(config: ModelConfig) -> int:
+    """The look-up tables: of tokens, and of positions where these are learnt."""
+    tokens = config.vocab_size * (config.embedding_width or config.width)
+    learned = config.positions == "learned"
+    return tokens + learned * (config.max_positions + config.position_offset) * config.width
+
+
+def _attention_parameters(config: ModelConfig) -> int:
+    q_width, kv_width = config.n_heads * config.head_width, config.n_kv_heads * config.head_width
+    return 2 * config.width * (q_width + kv_width)
+
+
+def _ffn_parameters(config: ModelConfig, layer: int, n_experts: int) -> int:
+    """Matrices of a layer's feed-forward, of so many experts where it has experts."""
+    matrices = 3 if config.gated else 2
+    if not config.has_experts(layer):
+        return matrices * config.width * config.ffn_width
+    width = config.expert_width or config.ffn_width
+    return config.width * config.n_experts + n_experts * matrices * config.width * width
+
+
+def _head_parameters(config: ModelConfig) -> int:
+    narrow = config.embedding_width
+    return config.vocab_size * (narrow or config.width) + 2 * narrow * config.width
+
+
+def _ffn_biases(config: ModelConfig, width: int) -> int:
+    return config.ffn_bias * ((2 if config.gated else 1) * width + config.width)
+
+
+def _vectors(config: ModelConfig) -> int:
+    """Norms and biases."""
+    per_norm = 2 if config.norm == "layernorm" else 1
+    norms = {"pre": 2, "post": 2, "both": 4}[config.norm_place] - config.one_norm
+    outer = (config.norm_place != "post") + config.embedding_norm
+    total = per_norm * config.width * (config.n_layers * norms + outer)
+    total += config.qk_norm * 2 * per_norm * config.head_width * config.n_layers
+    heads = config.n_heads + 2 * config.n_kv_heads
+    total += config.n_layers * (config.qkv_bias * heads * config.head_width + config.out_bias * config.width)
+    for layer in range(config.n_layers):
+        if config.has_experts(layer):
+            total += config.n_experts * _ffn_biases(config, config.expert_width or config.ffn_width)
+        else:
+            total += _ffn_biases(config, config.ffn_width)
+    return total + config.head_bias * config.vocab_size
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, backward: bool = True) -> float:
-    """6 N + 6 L d T: N weights in matrix products, L layers, d width, T tokens of causal attention.
+    """6 N + 6 L d T: N weights in matrix products, L layers, d width of all heads, T tokens.
 
     Two operations a multiply-add; a token sees T / 2 earlier ones on average, by two products (QKᵀ, PV) of
-    width d: 2 · 2 · d · T / 2 a layer. Backward costs twice the forward pass. Kaplan et al. 2020, table 1.
+    width d: 2 · 2 · d · T / 2 a layer, less in a layer with a window. Backward costs twice the forward pass.
+    Kaplan et al. 2020, table 1.
     """
-    forward = 2 * matmul_parameters(config) + 2 * config.n_layers * config.width * sequence_length
+    heads = config.n_heads * config.head_width
+    seen = sum(_mean_seen(sequence_length, config.window_of(layer)) for layer in range(config.n_layers))
+    forward = 2 * matmul_parameters(config) + 4 * heads * seen
     return forward * (3 if backward else 1)
+
+
+def _mean_seen(length: int, window: int) -> float:
+    """Tokens that a query sees on average, over a sequence."""
+    return length / 2 if not 0 < window < length else window - window**2 / (2 * length)
 
 
 def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_number: int = 2) -> int:

@@ -19,27 +19,46 @@ CHUNK = 4 * 1024 * 1024
 """Logits in one chunk."""
 
 
-def linear_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
     """Sum of weighted nats (a float32 scalar).
 
-    hidden (N, D), head_weight (V, D), targets (N,) int64, weights (N,) float32, 0 = not counted.
-    The products run in the dtype of `hidden`; the softmax in float32.
+    hidden (N, D), head_weight (V, D), targets (N,) int64, weights (N,) float32, 0 = not counted; bias (V,)
+    of the logits, which `softcap` c bends to c tanh(z / c). The products run in the dtype of `hidden`; the
+    softmax in float32.
     """
-    return _LinearCrossEntropy.apply(hidden, head_weight, targets, weights)
+    return _LinearCrossEntropy.apply(hidden, head_weight, bias, targets, weights, softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        softcap: float,
+    ) -> Tensor:
         w = head_weight.to(hidden.dtype)
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        backward = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        backward = any(ctx.needs_input_grad[:3])
         d_hidden = torch.empty_like(hidden) if backward else None
         d_weight = torch.zeros(w.shape, dtype=precise, device=w.device) if backward else None
+        d_bias = None if bias is None else torch.zeros(bias.shape, dtype=precise, device=w.device)
         total = torch.zeros((), dtype=precise, device=w.device)
         for rows in _chunks(len(hidden), len(w)):
             h, y, weight = hidden[rows], targets[rows, None], weights[rows, None]
-            z = h @ w.T
+            z = F.linear(h, w, None if bias is None else bias.to(h.dtype))
+            bent = (z / softcap).tanh() if softcap else z
+            z = bent * softcap if softcap else z
             p = z.softmax(-1, dtype=precise)
             nats = p.gather(1, y).log().neg()
             if nats.isinf().any():  # a probability too small for the dtype
@@ -47,17 +66,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += (nats * weight).sum()
             if d_hidden is not None and d_weight is not None:
                 dz = p.to(h.dtype).scatter_add_(1, y, h.new_full(y.shape, -1.0))
+                if softcap:
+                    dz *= 1 - bent.square()
                 d_hidden[rows] = (dz @ w) * weight
                 d_weight += dz.T @ (h * weight).to(h.dtype)
-        ctx.save_for_backward(d_hidden, d_weight)
+                if d_bias is not None:
+                    d_bias += (dz * weight).sum(0)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.weight_dtype = head_weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
         (scale,) = grads
-        return d_hidden * scale.to(d_hidden.dtype), (d_weight * scale).to(ctx.weight_dtype), None, None
+        d_hidden = d_hidden * scale.to(d_hidden.dtype)
+        d_weight = (d_weight * scale).to(ctx.weight_dtype)
+        d_bias = None if d_bias is None else (d_bias * scale).to(ctx.weight_dtype)
+        return d_hidden, d_weight, d_bias, None, None, None
 
 
 def _chunks(n_tokens: int, vocab_size: int) -> list[slice]:
@@ -71,10 +97,9 @@ def log_probabilities(model: "Transformer", batch: "Batch") -> Tensor:
     The one place that runs a forward pass for log-probabilities.
     """
     hidden = model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)
-    w = model.head_weight.to(hidden.dtype)
     targets = batch.targets.flatten()
     chunks = [
-        -F.cross_entropy((hidden[rows] @ w.T).float(), targets[rows], reduction="none")
-        for rows in _chunks(len(hidden), len(w))
+        -F.cross_entropy(model.logits(hidden[rows]).float(), targets[rows], reduction="none")
+        for rows in _chunks(len(hidden), model.config.vocab_size)
     ]
     return torch.cat(chunks).view(batch.targets.shape)

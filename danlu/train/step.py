@@ -91,7 +91,9 @@ class TrainStep:
         """Adds the gradient of one micro-batch; returns its share of the mean loss."""
         hidden = self.model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)
         weights = batch.weights.flatten() / n_supervised
-        loss = linear_cross_entropy(hidden, self.model.head_weight, batch.targets.flatten(), weights)
+        targets, head = batch.targets.flatten(), self.model.head_weight
+        cap = self.model.config.logit_softcap
+        loss = linear_cross_entropy(hidden, head, targets, weights, self.model.head_bias, cap)
         # FSDP2 averages gradients over the processes; the sum is wanted.
         (loss * dist.get_world_size() if self.sharded else loss).backward()
         return loss.detach()

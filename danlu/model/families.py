@@ -1,0 +1,650 @@
+"""The families of published models: how each says its config, and what it calls its tensors.
+
+A family is a row of data: rules for config.json (`rules.py`) and names of tensors (`layouts.py` for those
+that it keeps otherwise than we do). Nothing else in danlu knows a model by its name.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from danlu.core.errors import UserError
+from danlu.model.config import ModelConfig
+from danlu.model.rules import HF, Always, Choice, Key, Only, Optional, Rope, Rule, Windows
+
+
+@dataclass(frozen=True)
+class Names:
+    """Our module (or modules, where theirs is one tensor of several) and theirs, `{i}` the layer, `{e}` the expert."""
+
+    ours: tuple[str, ...]
+    theirs: str
+    layout: str = "stacked"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row. `prefix`: what some files leave out before a tensor's name."""
+
+    model_type: str
+    architecture: str
+    rules: tuple[Rule, ...]
+    names: tuple[Names, ...]
+    prefix: str = "model."
+    ignored: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))
+    """Ends of the names of tensors that are no weights."""
+
+
+def names(table: Mapping[str, str], layout: str = "stacked") -> tuple[Names, ...]:
+    """Rows of {ours: theirs}; several of ours are separated by spaces."""
+    return tuple(Names(tuple(ours.split()), theirs, layout) for ours, theirs in table.items())
+
+
+def _base(theirs: str, **changes: str) -> str:
+    return changes.get(theirs, theirs)
+
+
+# Names
+
+_LAYER = "model.layers.{i}."
+_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_NORMS = {
+    "layers.{i}.attention_norm": _LAYER + "input_layernorm",
+    "layers.{i}.ffn_norm": _LAYER + "post_attention_layernorm",
+}
+_ATTENTION = {
+    "layers.{i}.attention.q": _LAYER + "self_attn.q_proj",
+    "layers.{i}.attention.k": _LAYER + "self_attn.k_proj",
+    "layers.{i}.attention.v": _LAYER + "self_attn.v_proj",
+    "layers.{i}.attention.out": _LAYER + "self_attn.o_proj",
+    "layers.{i}.attention.q_norm": _LAYER + "self_attn.q_norm",
+    "layers.{i}.attention.k_norm": _LAYER + "self_attn.k_norm",
+}
+_FFN = {
+    "layers.{i}.ffn.gate": _LAYER + "mlp.gate_proj",
+    "layers.{i}.ffn.up": _LAYER + "mlp.up_proj",
+    "layers.{i}.ffn.down": _LAYER + "mlp.down_proj",
+}
+_LLAMA_NAMES = names({**_OUTER, **_NORMS, **_ATTENTION, **_FFN})
+
+_MIXTRAL_NAMES = names(
+    {
+        **_OUTER,
+        **_NORMS,
+        **_ATTENTION,
+        "layers.{i}.ffn.router": _LAYER + "block_sparse_moe.gate",
+        "layers.{i}.ffn.experts.{e}.gate": _LAYER + "block_sparse_moe.experts.{e}.w1",
+        "layers.{i}.ffn.experts.{e}.up": _LAYER + "block_sparse_moe.experts.{e}.w3",
+        "layers.{i}.ffn.experts.{e}.down": _LAYER + "block_sparse_moe.experts.{e}.w2",
+    }
+)
+_QWEN_MOE_NAMES = _LLAMA_NAMES + names(
+    {
+        "layers.{i}.ffn.router": _LAYER + "mlp.gate",
+        "layers.{i}.ffn.experts.{e}.gate": _LAYER + "mlp.experts.{e}.gate_proj",
+        "layers.{i}.ffn.experts.{e}.up": _LAYER + "mlp.experts.{e}.up_proj",
+        "layers.{i}.ffn.experts.{e}.down": _LAYER + "mlp.experts.{e}.down_proj",
+    }
+)
+_GEMMA_NAMES = names(
+    {
+        **_OUTER,
+        "layers.{i}.attention_norm": _LAYER + "input_layernorm",
+        "layers.{i}.attention_post_norm": _LAYER + "post_attention_layernorm",
+        "layers.{i}.ffn_norm": _LAYER + "pre_feedforward_layernorm",
+        "layers.{i}.ffn_post_norm": _LAYER + "post_feedforward_layernorm",
+        **_ATTENTION,
+        **_FFN,
+    }
+)
+_PHI3_NAMES = names(
+    {
+        **_OUTER,
+        **_NORMS,
+        "layers.{i}.attention.q layers.{i}.attention.k layers.{i}.attention.v": _LAYER + "self_attn.qkv_proj",
+        "layers.{i}.attention.out": _LAYER + "self_attn.o_proj",
+        "layers.{i}.ffn.gate layers.{i}.ffn.up": _LAYER + "mlp.gate_up_proj",
+        "layers.{i}.ffn.down": _LAYER + "mlp.down_proj",
+    }
+)
+
+_GPT_MATRICES = names(
+    {
+        "layers.{i}.attention.q layers.{i}.attention.k layers.{i}.attention.v": "transformer.h.{i}.attn.c_attn",
+        "layers.{i}.attention.out": "transformer.h.{i}.attn.c_proj",
+        "layers.{i}.ffn.up": "transformer.h.{i}.mlp.c_fc",
+        "layers.{i}.ffn.down": "transformer.h.{i}.mlp.c_proj",
+    },
+    "transposed",
+)
+_GPT_NORMS = {
+    "layers.{i}.attention_norm": "transformer.h.{i}.ln_1",
+    "layers.{i}.ffn_norm": "transformer.h.{i}.ln_2",
+    "head": "lm_head",
+}
+_GPT_NAMES = _GPT_MATRICES + names(
+    {
+        **_GPT_NORMS,
+        "embedding": "transformer.tokens_embed",
+        "position_embedding": "transformer.positions_embed",
+    }
+)
+_GPT2_NAMES = _GPT_MATRICES + names(
+    {
+        **_GPT_NORMS,
+        "embedding": "transformer.wte",
+        "position_embedding": "transformer.wpe",
+        "norm": "transformer.ln_f",
+    }
+)
+_OPT_LAYER = "model.decoder.layers.{i}."
+_OPT_NAMES = names(
+    {
+        "embedding": "model.decoder.embed_tokens",
+        "position_embedding": "model.decoder.embed_positions",
+        "embedding_in": "model.decoder.project_in",
+        "embedding_out": "model.decoder.project_out",
+        "norm": "model.decoder.final_layer_norm",
+        "head": "lm_head",
+        "layers.{i}.attention_norm": _OPT_LAYER + "self_attn_layer_norm",
+        "layers.{i}.ffn_norm": _OPT_LAYER + "final_layer_norm",
+        "layers.{i}.attention.q": _OPT_LAYER + "self_attn.q_proj",
+        "layers.{i}.attention.k": _OPT_LAYER + "self_attn.k_proj",
+        "layers.{i}.attention.v": _OPT_LAYER + "self_attn.v_proj",
+        "layers.{i}.attention.out": _OPT_LAYER + "self_attn.out_proj",
+        "layers.{i}.ffn.up": _OPT_LAYER + "fc1",
+        "layers.{i}.ffn.down": _OPT_LAYER + "fc2",
+    }
+)
+_QKV = "layers.{i}.attention.q layers.{i}.attention.k layers.{i}.attention.v"
+_NEOX_LAYER = "gpt_neox.layers.{i}."
+_NEOX_NAMES = names({_QKV: _NEOX_LAYER + "attention.query_key_value"}, "by_head") + names(
+    {
+        "embedding": "gpt_neox.embed_in",
+        "norm": "gpt_neox.final_layer_norm",
+        "head": "embed_out",
+        "layers.{i}.attention_norm": _NEOX_LAYER + "input_layernorm",
+        "layers.{i}.ffn_norm": _NEOX_LAYER + "post_attention_layernorm",
+        "layers.{i}.attention.out": _NEOX_LAYER + "attention.dense",
+        "layers.{i}.ffn.up": _NEOX_LAYER + "mlp.dense_h_to_4h",
+        "layers.{i}.ffn.down": _NEOX_LAYER + "mlp.dense_4h_to_h",
+    }
+)
+_GPTJ_NAMES = names(
+    {
+        "layers.{i}.attention.q": "transformer.h.{i}.attn.q_proj",
+        "layers.{i}.attention.k": "transformer.h.{i}.attn.k_proj",
+    },
+    "interleaved",
+) + names(
+    {
+        "embedding": "transformer.wte",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+        "layers.{i}.attention_norm": "transformer.h.{i}.ln_1",
+        "layers.{i}.attention.v": "transformer.h.{i}.attn.v_proj",
+        "layers.{i}.attention.out": "transformer.h.{i}.attn.out_proj",
+        "layers.{i}.ffn.up": "transformer.h.{i}.mlp.fc_in",
+        "layers.{i}.ffn.down": "transformer.h.{i}.mlp.fc_out",
+    }
+)
+_BLOOM_LAYER = "transformer.h.{i}."
+_BLOOM_NAMES = names({_QKV: _BLOOM_LAYER + "self_attention.query_key_value"}, "by_head") + names(
+    {
+        "embedding": "transformer.word_embeddings",
+        "embedding_norm": "transformer.word_embeddings_layernorm",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+        "layers.{i}.attention_norm": _BLOOM_LAYER + "input_layernorm",
+        "layers.{i}.ffn_norm": _BLOOM_LAYER + "post_attention_layernorm",
+        "layers.{i}.attention.out": _BLOOM_LAYER + "self_attention.dense",
+        "layers.{i}.ffn.up": _BLOOM_LAYER + "mlp.dense_h_to_4h",
+        "layers.{i}.ffn.down": _BLOOM_LAYER + "mlp.dense_4h_to_h",
+    }
+)
+
+# Rules
+
+
+def _head_width(hf: HF) -> int:
+    return hf["hidden_size"] // hf["num_attention_heads"]
+
+
+def _sizes(tied: bool = False, kv: Any = None, positions: int = 2048, head: Any = _head_width) -> tuple[Rule, ...]:
+    """Keys that most families share. `kv`, `head`: defaults of the key-value heads and of a head's width."""
+    return (
+        Key("vocab_size", "vocab_size"),
+        Key("width", "hidden_size"),
+        Key("n_layers", "num_hidden_layers"),
+        Key("n_heads", "num_attention_heads"),
+        Key("n_kv_heads", "num_key_value_heads", kv or (lambda hf: hf["num_attention_heads"])),
+        Key("head_width", "head_dim", head),
+        Key("ffn_width", "intermediate_size"),
+        Key("max_positions", "max_position_embeddings", positions),
+        Key("tied_embeddings", "tie_word_embeddings", tied),
+    )
+
+
+def _gpt_sizes(inner: bool, tied: bool) -> tuple[Rule, ...]:
+    """Those of OpenAI's families. `inner`: whether the feed-forward's width has a key."""
+    four = lambda hf: 4 * hf["n_embd"]  # noqa: E731
+    return (
+        Key("vocab_size", "vocab_size"),
+        Key("width", "n_embd"),
+        Key("n_layers", "n_layer"),
+        Key("n_heads", "n_head"),
+        Always(n_kv_heads=lambda hf: hf["n_head"]),
+        Key("ffn_width", "n_inner", four) if inner else Always(ffn_width=four),
+        Key("max_positions", "n_positions", 1024),
+        Key("norm_eps", "layer_norm_epsilon", 1e-5),
+        Key("tied_embeddings", "tie_word_embeddings", tied),
+    )
+
+
+_SILU = Only(hidden_act="silu")
+_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
+_PLAIN = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+_rms = partial(Key, "norm_eps", "rms_norm_eps")
+_LAYER_NORM = {"norm": "layernorm"}
+_BIASES = {"qkv_bias": True, "out_bias": True, "ffn_bias": True}
+
+
+def _attention_bias(hf: HF) -> bool:
+    return bool(hf.get("attention_bias", False))
+
+
+class _LlamaBias:
+    """attention_bias: of all four matrices."""
+
+    def read(self, hf: HF) -> dict[str, Any]:
+        return {"qkv_bias": _attention_bias(hf), "out_bias": _attention_bias(hf)}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {"attention_bias": config.qkv_bias}
+
+
+class _LayersWithoutRope:
+    """SmolLM3: no_rope_layers holds 1 for a layer that rotates."""
+
+    def read(self, hf: HF) -> dict[str, Any]:
+        every = hf.get("no_rope_layer_interval", 4)
+        flags = hf.get("no_rope_layers") or [(i + 1) % every for i in range(hf["num_hidden_layers"])]
+        return {"rope_layers": tuple(bool(flag) for flag in flags)}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        flags = [config.rope_theta_of(layer) is not None for layer in range(config.n_layers)]
+        return {"no_rope_layers": [int(flag) for flag in flags]}
+
+
+class _SparseLayers:
+    """Qwen3-MoE: every decoder_sparse_step-th layer has experts, but for mlp_only_layers."""
+
+    def read(self, hf: HF) -> dict[str, Any]:
+        step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+        layers = range(hf["num_hidden_layers"])
+        return {"moe_layers": tuple((i + 1) % step == 0 and i not in dense for i in layers)}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        dense = [i for i in range(config.n_layers) if not config.has_experts(i)]
+        return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+def _after_max_window_layers(hf: HF) -> list[bool]:
+    return [i >= hf.get("max_window_layers", 28) for i in range(hf["num_hidden_layers"])]
+
+
+def _but_every(n: int, key: str) -> Any:
+    def flags(hf: HF) -> list[bool]:
+        return [(i + 1) % hf.get(key, n) != 0 for i in range(hf["num_hidden_layers"])]
+
+    return flags
+
+
+_GEMMA = (
+    *_sizes(tied=True, positions=8192, head=256, kv=lambda hf: 4),
+    _rms(1e-6),
+    Choice("ffn", "hidden_activation", "gelu_pytorch_tanh", _GATED),
+    _LlamaBias(),
+    Key(
+        "attention_scale",
+        "query_pre_attn_scalar",
+        256,
+        lambda value: value**-0.5,
+        lambda scale: round(scale**-2) if scale else None,
+    ),
+    Always(
+        norm_plus_one=True, norm_place="both", embedding_scale=lambda hf: math.sqrt(hf["hidden_size"])
+    ),
+)  # fmt: skip
+
+FAMILIES = (
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        (
+            *_sizes(),
+            _rms(1e-6),
+            Rope(),
+            _SILU,
+            _LlamaBias(),
+            Key("ffn_bias", "mlp_bias", False),
+        ),
+        _LLAMA_NAMES,
+    ),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        (*_sizes(positions=4096 * 32, kv=lambda hf: 8), _rms(1e-6), Rope(), _SILU, Windows(4096)),
+        _LLAMA_NAMES,
+    ),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        (
+            *_sizes(positions=32768, kv=lambda hf: 32),
+            _rms(1e-6),
+            Rope(),
+            _SILU,
+            Windows(4096, "use_sliding_window", _after_max_window_layers),
+            Always(qkv_bias=True),
+        ),
+        _LLAMA_NAMES,
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        (
+            *_sizes(positions=32768, kv=lambda hf: 32, head=128),
+            _rms(1e-6),
+            Rope(),
+            _SILU,
+            _LlamaBias(),
+            Windows(4096, "use_sliding_window", _after_max_window_layers),
+            Always(qk_norm=True),
+        ),
+        _LLAMA_NAMES,
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        (
+            *_sizes(positions=32768, kv=lambda hf: 4),
+            _rms(1e-6),
+            Rope(),
+            _SILU,
+            _LlamaBias(),
+            Windows(4096, "use_sliding_window"),
+            Key("n_experts", "num_experts", 128),
+            Key("n_active", "num_experts_per_tok", 8),
+            Key("expert_width", "moe_intermediate_size", 768),
+            Key("normalised_experts", "norm_topk_prob", False),
+            _SparseLayers(),
+            Always(qk_norm=True),
+        ),
+        _QWEN_MOE_NAMES,
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        (
+            *_sizes(positions=4096 * 32, kv=lambda hf: 8),
+            _rms(1e-5),
+            Rope(1e6),
+            _SILU,
+            Windows(),
+            Key("n_experts", "num_local_experts", 8),
+            Key("n_active", "num_experts_per_tok", 2),
+        ),
+        _MIXTRAL_NAMES,
+    ),
+    Family(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        (
+            *_sizes(tied=True, positions=32768, kv=lambda hf: 4),
+            _rms(1e-6),
+            Rope(2e6),
+            _SILU,
+            _LlamaBias(),
+            Key("ffn_bias", "mlp_bias", False),
+            Only(use_sliding_window=False),
+            _LayersWithoutRope(),
+        ),
+        _LLAMA_NAMES,
+    ),
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        (
+            *_sizes(positions=4096),
+            _rms(1e-5),
+            Rope(partial=1.0, kinds=()),
+            _SILU,
+            Windows(),
+        ),
+        _PHI3_NAMES,
+    ),
+    Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        (
+            *_GEMMA,
+            Rope(),
+            Windows(4096, pattern=_but_every(2, "sliding_window_pattern")),
+            Optional("attention_softcap", "attn_logit_softcapping", 50.0),
+            Optional("logit_softcap", "final_logit_softcapping", 30.0),
+        ),
+        _GEMMA_NAMES,
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        (
+            *_GEMMA,
+            Rope(1e6, nested=True),
+            Windows(4096, pattern=_but_every(6, "sliding_window_pattern")),
+            Optional("attention_softcap", "attn_logit_softcapping"),
+            Optional("logit_softcap", "final_logit_softcapping"),
+            Always(qk_norm=True),
+        ),
+        _GEMMA_NAMES,
+    ),
+    Family(
+        "openai-gpt",
+        "OpenAIGPTLMHeadModel",
+        (
+            *_gpt_sizes(inner=False, tied=True),
+            # Its "gelu" is the approximation with tanh.
+            Choice("ffn", "afn", "gelu", {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu"}),
+            Always(positions="learned", norm_place="post", **_LAYER_NORM, **_BIASES),
+        ),
+        _GPT_NAMES,
+        "transformer.",
+        (".attn.bias",),
+    ),
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        (
+            *_gpt_sizes(inner=True, tied=True),
+            Choice("ffn", "activation_function", "gelu_new", _PLAIN),
+            Only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
+            Always(positions="learned", **_LAYER_NORM, **_BIASES),
+        ),
+        _GPT2_NAMES,
+        "transformer.",
+        (".attn.bias", ".attn.masked_bias"),
+    ),
+    Family(
+        "opt",
+        "OPTForCausalLM",
+        (
+            Key("vocab_size", "vocab_size"),
+            Key("width", "hidden_size"),
+            Key("n_layers", "num_hidden_layers"),
+            Key("n_heads", "num_attention_heads"),
+            Key("ffn_width", "ffn_dim"),
+            Key("max_positions", "max_position_embeddings", 2048),
+            Key("tied_embeddings", "tie_word_embeddings", True),
+            Key("embedding_width", "word_embed_proj_dim", lambda hf: hf["hidden_size"], encode=int),
+            Choice("ffn", "activation_function", "relu", _PLAIN),
+            Key(
+                "norm_place",
+                "do_layer_norm_before",
+                True,
+                lambda before: "pre" if before else "post",
+                lambda place: place == "pre",
+            ),
+            Only(enable_bias=True, layer_norm_elementwise_affine=True, _remove_final_layer_norm=False),
+            Always(
+                n_kv_heads=lambda hf: hf["num_attention_heads"],
+                positions="learned",
+                position_offset=2,
+                norm_eps=1e-5,
+                **_LAYER_NORM,
+                **_BIASES,
+            ),
+        ),
+        _OPT_NAMES,
+    ),
+    Family(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        (
+            Key("vocab_size", "vocab_size"),
+            Key("width", "hidden_size"),
+            Key("n_layers", "num_hidden_layers"),
+            Key("n_heads", "num_attention_heads"),
+            Key("ffn_width", "intermediate_size"),
+            Key("max_positions", "max_position_embeddings", 2048),
+            Key("norm_eps", "layer_norm_eps", 1e-5),
+            Key("tied_embeddings", "tie_word_embeddings", False),
+            Key("parallel_residual", "use_parallel_residual", True),
+            Choice("ffn", "hidden_act", "gelu", _PLAIN),
+            Rope(partial=0.25, theta_key="rotary_emb_base", partial_key="rotary_pct"),
+            Only(attention_bias=True),
+            Always(n_kv_heads=lambda hf: hf["num_attention_heads"], **_LAYER_NORM, **_BIASES),
+        ),
+        _NEOX_NAMES,
+        "gpt_neox.",
+        (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
+    ),
+    Family(
+        "gptj",
+        "GPTJForCausalLM",
+        (
+            *_gpt_sizes(inner=True, tied=False),
+            Key("rope_width", "rotary_dim", 64),
+            Choice("ffn", "activation_function", "gelu_new", _PLAIN),
+            Always(
+                parallel_residual=True, one_norm=True, ffn_bias=True, head_bias=True, **_LAYER_NORM
+            ),
+        ),
+        _GPTJ_NAMES,
+        "transformer.",
+        (".attn.bias", ".attn.masked_bias"),
+    ),
+    Family(
+        "bloom",
+        "BloomForCausalLM",
+        (
+            Key("vocab_size", "vocab_size"),
+            Key("width", "hidden_size", lambda hf: hf.get("n_embed")),
+            Key("n_layers", "n_layer", lambda hf: hf.get("num_hidden_layers")),
+            Key("n_heads", "n_head", lambda hf: hf.get("num_attention_heads")),
+            Key("max_positions", "seq_length", 2048),
+            Key("norm_eps", "layer_norm_epsilon", 1e-5),
+            Key("tied_embeddings", "tie_word_embeddings", True),
+            Only(apply_residual_connection_post_layernorm=False),
+            Always(
+                n_kv_heads=lambda hf: hf.get("n_head") or hf.get("num_attention_heads"),
+                ffn_width=lambda hf: 4 * (hf.get("hidden_size") or hf["n_embed"]),
+                ffn="gelu_tanh",
+                positions="alibi",
+                embedding_norm=True,
+                **_LAYER_NORM,
+                **_BIASES,
+            ),
+        ),
+        _BLOOM_NAMES,
+        "transformer.",
+    ),
+)  # fmt: skip
+
+
+def find(hf: HF, where: str = "config.json") -> Family:
+    """The family of a config.json. Raises UserError naming those that danlu knows."""
+    architecture = (hf.get("architectures") or [None])[0]
+    for family in FAMILIES:
+        if architecture == family.architecture or (
+            architecture is None and hf.get("model_type") == family.model_type
+        ):
+            return family
+    known = ", ".join(family.architecture for family in FAMILIES)
+    raise UserError(f"{where}: architecture {architecture or hf.get('model_type')!r}", f"danlu knows {known}")
+
+
+def from_hf(hf: HF, where: str = "config.json") -> ModelConfig:
+    """Reads a config.json (of transformers 4 or 5).
+
+    Raises UserError naming the first setting that danlu does not implement.
+    """
+    family = find(hf, where)
+    try:
+        return _read(family, hf)
+    except UserError as error:
+        raise UserError(f"{where}: {error.message}", error.remedy) from None
+    except (KeyError, TypeError, ValueError) as error:
+        text = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{where}: {text}", "the config.json is incomplete or damaged") from None
+
+
+def _read(family: Family, hf: HF) -> ModelConfig:
+    fields: dict[str, Any] = {"family": family.model_type}
+    for rule in family.rules:
+        fields |= rule.read(hf)
+    return ModelConfig(**fields)
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The content of a config.json that transformers, vLLM and llama.cpp read.
+
+    The config's own family, or the first that can say the same. Raises UserError where none can.
+    """
+    return _express(config)[1]
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that `config` is saved as."""
+    return _express(config)[0]
+
+
+def _express(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
+    own = [family for family in FAMILIES if family.model_type == config.family]
+    for family in (*own, *FAMILIES):
+        hf: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+        for rule in family.rules:
+            hf |= rule.write(config)
+        try:
+            same = _read(family, hf).model_copy(update={"family": config.family}) == config
+        except (UserError, KeyError, TypeError, ValueError):
+            continue
+        if same:
+            return family, hf
+    raise UserError(
+        "no Hugging Face family has these settings together", "change model.…, or train it without saving"
+    )
+
+
+def known() -> Iterable[str]:
+    return (family.architecture for family in FAMILIES)
