@@ -144,5 +144,10 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tens
 
     q (B, H, T, head); k, v (B, H_kv, S, head); positions (B or 1, T). Returns (B, T, H, head).
     """
-    mask = torch.arange(k.shape[2], device=q.device) <= positions[:, None, :, None]
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+    seen = torch.arange(k.shape[2], device=q.device) <= positions[:, None, :, None]
+    if q.shape[2] > 1:
+        return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2)
+    # One token: memory decides the time, and each key and value is read once for all heads that share it.
+    rows = q.view(*k.shape[:2], -1, q.shape[3]) * q.shape[3] ** -0.5
+    scores = (rows @ k.mT).masked_fill_(~seen, -math.inf)
+    return (scores.softmax(-1) @ v).view(len(q), 1, *q.shape[1::2])
