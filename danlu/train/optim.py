@@ -45,7 +45,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 class Muon(Optimizer):
-    """Momentum whose step is orthogonalised: every direction of a matrix moves equally far (Jordan et al. 2024).
+    """Momentum, orthogonalised: every direction of a matrix moves equally far (Jordan et al. 2024).
 
     As torch.optim.Muon, but for the dtype: that one computes in bfloat16 also where the processor can't,
     and a step then takes seven times as long.
