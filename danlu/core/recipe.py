@@ -1,6 +1,8 @@
 """A recipe: the stages of a run, read from YAML and checked to the last option before anything runs."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,9 @@ class Recipe(Config):
 
     name: str = Field(pattern=_NAME, description="folder of the run within runs/")
     seed: int = Field(0, ge=0, description="seed of every stage that doesn't name its own")
+    without_bf16: dict[str, dict[str, Any]] = Field(
+        {}, description="stage: options that are laid over its own where the device has no bf16 arithmetic"
+    )
     stages: list[Stage] = Field(min_length=1, description="the steps, in order")
 
     def stage(self, name: str, where: str) -> Stage:
@@ -75,23 +80,43 @@ def read_recipe(
 ) -> Recipe:
     """Reads and checks a recipe. `overrides`: {stage: options}, laid over what it says.
 
-    Raises UserError naming the file, or the command line, and the key.
+    Where `without_bf16` holds, it has been laid over the stages, and that is said on stderr. Raises UserError
+    naming the file, or the command line, and the key.
     """
     recipe = make_config(Recipe, read_yaml(path), str(path))
     _check(recipe, verbs, str(path))
+    if recipe.without_bf16:
+        smaller = _override(recipe, recipe.without_bf16, None, f"{path}, without_bf16")
+        _check(smaller, verbs, f"{path}, without_bf16")
+        if not _has_bf16():
+            _say(f"no bf16 arithmetic here: what {path} says under without_bf16 holds")
+            recipe = smaller
+        recipe = recipe.model_copy(update={"without_bf16": {}})
     if not overrides and seed is None:
         return recipe
-    recipe = _override(recipe, overrides or {}, seed)
+    recipe = _override(recipe, overrides or {}, seed, _COMMAND_LINE)
     _check(recipe, verbs, _COMMAND_LINE)
     return recipe
 
 
-def _override(recipe: Recipe, overrides: Mapping[str, Any], seed: int | None) -> Recipe:
+@cache
+def _say(text: str) -> None:
+    """Once, however often a recipe is read."""
+    print(text, file=sys.stderr)
+
+
+def _has_bf16() -> bool:
+    from danlu.core.device import choose_device, has_native_bf16
+
+    return has_native_bf16(choose_device())
+
+
+def _override(recipe: Recipe, overrides: Mapping[str, Any], seed: int | None, where: str) -> Recipe:
     options = {stage.name: stage.options for stage in recipe.stages}
     for name, values in overrides.items():
-        stage = recipe.stage(name, _COMMAND_LINE)
+        stage = recipe.stage(name, where)
         if not isinstance(values, Mapping):
-            raise UserError(f"{_COMMAND_LINE}: {name} is a stage", f"write {name}.OPTION=value")
+            raise UserError(f"{where}: {name} is a stage", f"write {name}.OPTION=value")
         options[name] = merge(stage.options, values)
     stages = [stage.model_copy(update={"options": options[stage.name]}) for stage in recipe.stages]
     return recipe.model_copy(update={"stages": stages, "seed": recipe.seed if seed is None else seed})

@@ -1,7 +1,7 @@
 """The one rule of what a token's prediction may see, for the codec and for bits per byte.
 
 A text's tokens are cut into N streams of equal length that run side by side. Each starts like a document;
-when its context is full, it goes on from the last half of it, read again.
+when its context is full, it goes on from the last quarter of it, read again.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from danlu.core.allocator import keep_freed_memory
 from danlu.model.cache import KVCache
 from danlu.model.transformer import Transformer
 
@@ -38,12 +39,18 @@ def split_streams(tokens: list[int], streams: int) -> np.ndarray:
     return rows
 
 
+def kept(window: int) -> int:
+    """Tokens of a full context that are read again. More of them predict a little better, and cost time."""
+    return max(1, window // 4)
+
+
 class Stepper:
     """Predicts N streams token by token, the same computation at the same shapes for coder and decoder."""
 
     def __init__(self, model: Transformer, streams: int, start: int, window: int) -> None:
         """`start`: id that stands before the first token; `window`: the largest context."""
-        self.model, self.window = model, window
+        self.model, self.window, self.kept = model, window, kept(window)
+        keep_freed_memory()
         self.cache = self._new_cache(streams)
         self.history = torch.full((streams, 1), start)
 
@@ -56,13 +63,13 @@ class Stepper:
         fresh = self.history[:, -1:]
         if self.cache.lengths[0] == self.window:
             self.window_is_full()
-            fresh = self.history[:, -(self.window // 2) :]
+            fresh = self.history[:, -self.kept :]
             self.cache = self._new_cache(len(self.history))
         hidden = self.model.hidden(fresh, cache=self.cache)[:, -1]
         return self.model.logits(hidden).softmax(dim=-1).numpy()
 
     def window_is_full(self) -> None:
-        """Called before the last half is read again; `history` holds `window` + 1 tokens of each stream."""
+        """Called before the kept part is read again; `history` holds `window` + 1 tokens of each stream."""
 
     def push(self, tokens: np.ndarray) -> None:
         """The tokens (N,) that came."""
@@ -74,16 +81,15 @@ def scoring_windows(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The same predictions, many at a time: (ids (N, T), targets (N, T), weights (N, T)).
 
-    The first window predicts `window` tokens; each later one reads half a window and predicts the next half.
+    The first window predicts `window` tokens; each later one reads what is kept, and predicts the rest.
     """
     n, longest = streams.shape
     ids = torch.cat((torch.full((n, 1), start), torch.from_numpy(streams)), dim=1)
     inside = torch.arange(longest) < torch.from_numpy(lengths)[:, None]
-    half = window // 2
     begin, scored = 0, 0
     while scored < longest:
         end = min(begin + window, longest)
         weights = inside[:, begin:end].float()
         weights[:, : scored - begin] = 0
         yield ids[:, begin:end], ids[:, begin + 1 : end + 1], weights
-        begin, scored = end - half + 1, end
+        begin, scored = end - kept(window) + 1, end

@@ -192,21 +192,21 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, how: Sc
     q (B, H, T, head); k, v (B, H_kv, S, head); positions (B or 1, T). Returns (B, T, H, head).
     """
     slots = torch.arange(k.shape[2], device=q.device)
-    seen = slots <= positions[..., None]
+    seen = slots <= positions[:, None, :, None]
     if how.window:
-        seen &= slots > positions[..., None] - how.window
-    mask = seen[:, None]
-    if how.alibi:
-        bias = alibi(q.shape[1], positions, slots).transpose(0, 1)
-        mask = bias.masked_fill(~mask, -math.inf).to(q.dtype)
-    if not how.softcap:
+        seen &= slots > positions[:, None, :, None] - how.window
+    bias = alibi(q.shape[1], positions, slots).transpose(0, 1) if how.alibi else None
+    if q.shape[2] > 1 and not how.softcap:
+        mask = seen if bias is None else bias.masked_fill(~seen, -math.inf).to(q.dtype)
         y = F.scaled_dot_product_attention(q, k, v, mask, scale=how.scale, enable_gqa=True)
         return y.transpose(1, 2)
-    groups = q.shape[1] // k.shape[1]
-    rows = q.unflatten(1, (-1, groups)).flatten(2, 3)
-    scores = (rows @ k.mT).float() * how.scale
-    scores = (scores / how.softcap).tanh() * how.softcap
-    scores = scores.unflatten(2, (groups, -1)).flatten(1, 2)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    p = scores.softmax(-1).to(q.dtype).unflatten(1, (-1, groups)).flatten(2, 3)
-    return (p @ v).unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
+    # One token: memory decides the time, and each key and value is read once for all heads that share it.
+    b, h, t, head = q.shape
+    rows = q.view(b, k.shape[1], -1, head) * how.scale
+    scores = (rows @ k.mT).view(b, h, t, -1)
+    if how.softcap:
+        scores = (scores.float() / how.softcap).tanh() * how.softcap
+    if bias is not None:
+        scores = scores + bias
+    p = scores.masked_fill(~seen, -math.inf).softmax(-1).to(q.dtype)
+    return (p.view(b, k.shape[1], -1, p.shape[-1]) @ v).view(b, h, t, head).transpose(1, 2)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from danlu.core.device import choose_dtype
 from danlu.train.config import OptimConfig
 
 
@@ -39,10 +40,49 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     if config.name == "adamw":
         groups[0]["params"] = [*embeddings, *matrices]
         return AdamW(groups, **adamw)
-    muon = torch.optim.Muon(
-        matrices, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    muon = Muon(matrices, config.muon_lr, config.momentum, config.weight_decay)
     return Joined([muon, AdamW(groups, **adamw)])
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised: every direction of a matrix moves equally far (Jordan et al. 2024).
+
+    As torch.optim.Muon, but for the dtype: that one computes in bfloat16 also where the processor can't,
+    and a step then takes seven times as long.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                mean = self.state[p]["momentum_buffer"]
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                direction = orthogonalise(p.grad.lerp(mean, group["momentum"]))  # Nesterov's look ahead
+                scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(direction, alpha=-group["lr"] * scale)
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """About U Vᵀ of x = U S Vᵀ, by five Newton–Schulz steps of a quintic (singular values near 1).
+
+    In the dtype that the device multiplies fastest; returns the dtype of x.
+    """
+    y = x.to(choose_dtype("auto", x.device))
+    tall = y.shape[0] > y.shape[1]
+    y = y.mT if tall else y
+    y = y / y.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
+    return (y.mT if tall else y).to(x.dtype)
 
 
 class Joined(Optimizer):

@@ -50,6 +50,7 @@ class OnlineStepper(windows.Stepper):
             torch.manual_seed(SEED)
             model = Transformer(model_config(vocab_size))
         super().__init__(model, streams, START, WINDOW)
+        self.kept = WINDOW // 2
         self.dtype = choose_dtype(device=torch.device("cpu"))
         self.optimizer = make_optimizer(model, OPTIM)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]

@@ -99,6 +99,21 @@ def test_overrides_are_laid_over_and_blamed_on_the_command_line(recipe) -> None:
     )
 
 
+@pytest.mark.parametrize(("bf16", "text"), [(True, "much"), (False, "little")])
+def test_a_slower_device_may_get_less(recipe, tmp_path, monkeypatch, capsys, bf16, text) -> None:
+    monkeypatch.setattr("danlu.core.device.has_native_bf16", lambda device: bf16)
+    less = stages("{name: one, verb: write, options: {text: much}}") + "\nwithout_bf16: {one: {text: little}}"
+    path = recipe(less)
+    read = read_recipe(path, VERBS)
+    assert read.stage("one", "x").options["text"] == text
+    assert ("no bf16 arithmetic here" in capsys.readouterr().err) is not bf16
+    given = read_recipe(path, VERBS, {"one": {"text": "mine"}})
+    write_recipe(given, tmp_path / "saved.yaml")
+    assert read_recipe(tmp_path / "saved.yaml", VERBS).stage("one", "x").options["text"] == "mine"
+    message = broken(recipe, less.replace("{text: little}", "{txet: little}"))
+    assert 'without_bf16, stage one: txet: unknown key; did you mean "text"?' in message
+
+
 def test_the_saved_recipe_reads_back(recipe, tmp_path) -> None:
     read = read_recipe(recipe(), VERBS, {"model": {"steps": 9}})
     write_recipe(read, tmp_path / "saved.yaml")

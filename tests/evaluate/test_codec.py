@@ -13,7 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from danlu.cli import VERBS
 from danlu.core.errors import UserError
+from danlu.core.recipe import find_recipe, read_recipe
 from danlu.evaluate import codec
 from danlu.evaluate.bits_per_byte import bits_per_byte
 from danlu.evaluate.codec import Header, compress_bytes, decompress_bytes
@@ -234,10 +236,9 @@ def test_the_checks_of_the_file_are_crc_32(packed: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def quickstart_size(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The model of recipes/quickstart.yaml, not trained."""
-    sizes = ModelConfig(
-        vocab_size=4096, width=256, n_layers=6, n_heads=8, n_kv_heads=8, ffn_width=688, max_positions=512
-    )
+    """The model of `danlu quickstart` on this machine, not trained."""
+    recipe = read_recipe(find_recipe(Path("quickstart")), VERBS)
+    sizes = ModelConfig(**recipe.stage("pretrain", "recipe").options["model"])
     folder = tmp_path_factory.mktemp("quickstart") / "model"
     torch.manual_seed(0)
     save_model(Transformer(sizes), folder, train_bpe([lines(1, 500_000)], 4096))

@@ -22,14 +22,14 @@ TEXT = "the furnace waits under the cold night. and the alchemist 丹炉 opens n
 
 @torch.no_grad()
 def plain_logprobs(theirs: LlamaForCausalLM, stream: list[int], start: int, window: int) -> list[float]:
-    """The rule as a loop: predict, append; when the context is more than full, keep its last half."""
+    """The rule as a loop: predict, append; when the context is more than full, keep its last quarter."""
     context, found = [start], []
     for token in stream:
         logits = theirs(torch.tensor([context])).logits[0, -1]
         found.append(float(logits.log_softmax(-1)[token]))
         context.append(token)
         if len(context) > window:
-            context = context[-(window // 2) :]
+            context = context[-max(1, window // 4) :]
     return found
 
 

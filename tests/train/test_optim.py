@@ -8,7 +8,7 @@ import torch
 from danlu.model.config import ModelConfig
 from danlu.model.transformer import Transformer
 from danlu.train.config import OptimConfig
-from danlu.train.optim import make_optimizer
+from danlu.train.optim import Muon, make_optimizer
 
 
 def make() -> Transformer:
@@ -68,6 +68,24 @@ def test_muon_turns_the_matrices_and_adamw_the_rest() -> None:
             torch.testing.assert_close(
                 change[moved].abs(), torch.full_like(change[moved], 0.01), rtol=0.01, atol=0
             )
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (40, 40)])
+def test_muon_is_that_of_torch(shape: tuple[int, int]) -> None:
+    """But for bfloat16, in which torch's computes everywhere."""
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = [
+        Muon([ours], lr=0.02, momentum=0.9, weight_decay=0.1),
+        torch.optim.Muon([theirs], lr=0.02, momentum=0.9, weight_decay=0.1),
+    ]
+    for step in range(4):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1 + step))
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    moved = theirs.detach() - start
+    assert (ours.detach() - theirs.detach()).norm() < 0.02 * moved.norm()
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
