@@ -132,7 +132,8 @@ def run_trainer(size: Size, device: str, turn: Any, compiled: bool) -> None:
     import transformers
     from torch.utils.data import IterableDataset
 
-    from danlu.model.checkpoint import hf_name
+    from danlu.model.checkpoint import hf_tensors
+    from danlu.model.families import to_hf
     from danlu.model.transformer import Transformer
 
     turn.imported()
@@ -154,8 +155,8 @@ def run_trainer(size: Size, device: str, turn: Any, compiled: bool) -> None:
             self.loss = logs.get("loss", self.loss)
 
     torch.manual_seed(0)
-    weights = {hf_name(name): tensor for name, tensor in Transformer(size.model).state_dict().items()}
-    config = transformers.LlamaConfig(**size.model.to_hf(), attn_implementation="sdpa")
+    weights = hf_tensors(size.model, Transformer(size.model).state_dict())
+    config = transformers.LlamaConfig(**to_hf(size.model), attn_implementation="sdpa")
     model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(weights)
     del weights

@@ -1,43 +1,24 @@
 """Models in and out as Hugging Face folders, and the resolution of a model reference."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_folder, read_json
+from danlu.model import families, weights
 from danlu.model.config import ModelConfig
 from danlu.model.count import parameters
 from danlu.model.transformer import Transformer
 from danlu.tokens.tokenizer import Tokenizer
 
-# Ours -> Hugging Face's, piece by piece of a dotted name.
-_NAMES = {
-    "embedding": "model.embed_tokens",
-    "layers": "model.layers",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention": "self_attn",
-    "q": "q_proj",
-    "k": "k_proj",
-    "v": "v_proj",
-    "out": "o_proj",
-    "ffn": "mlp",
-    "gate": "gate_proj",
-    "up": "up_proj",
-    "down": "down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
 
-
-def hf_name(name: str) -> str:
-    """Hugging Face's name of one of our tensors."""
-    return ".".join(_NAMES.get(piece, piece) for piece in name.split("."))
+def hf_tensors(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a model under Hugging Face's names, in its layout."""
+    return weights.to_theirs(families.family_of(config), config, state)
 
 
 def save_model(
@@ -51,13 +32,13 @@ def save_model(
     config.json, model.safetensors, generation_config.json (every stop id), README.md and, if given, the
     tokenizer's files. `state` stands in for the model's own weights where these are sharded.
     """
-    state = state or model.state_dict()
-    tensors = {hf_name(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    state = {name: tensor.detach().cpu() for name, tensor in (state or model.state_dict()).items()}
+    tensors = hf_tensors(model.config, state)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    special = {} if tokenizer is None else _special_ids(tokenizer)
+    special = _special_ids(tokenizer)
     with atomic_folder(Path(folder)) as out:
-        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-        _write_json(out / "config.json", {**model.config.to_hf(), **special, "dtype": dtype})
+        weights.write_shards(tensors, out)
+        _write_json(out / "config.json", {**families.to_hf(model.config), **special, "dtype": dtype})
         if tokenizer is not None:
             tokenizer.save(out)
             stops = {**special, "eos_token_id": tokenizer.stop_ids}
@@ -65,12 +46,10 @@ def save_model(
         (out / "README.md").write_text(model_card(model.config), encoding="utf-8")
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.eos_id,
-    }
+def _special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """None where there is none: a family's own defaults would be ids of another vocabulary."""
+    bos, eos = (None, None) if tokenizer is None else (tokenizer.bos_id, tokenizer.eos_id)
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -95,51 +74,22 @@ def model_card(config: ModelConfig) -> str:
 def load_model(
     folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """Loads a Hugging Face folder (one or several safetensors files).
+    """Loads a Hugging Face folder of a family that danlu knows (`families.py`).
 
-    dtype None keeps the saved one. Raises UserError naming a tensor that is missing, unknown or of another
-    shape.
+    dtype None keeps the saved one. Raises UserError naming a setting that danlu does not implement, or a
+    tensor that is missing, unknown or of another shape.
     """
     folder = Path(folder)
-    config = ModelConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    tensors = _read_tensors(folder)
+    hf = read_json(folder / "config.json")
+    family = families.find(hf, str(folder / "config.json"))
+    config = families.from_hf(hf, str(folder / "config.json"))
     with torch.device("meta"):
         model = Transformer(config)
-    state = _match(model, tensors, folder)
+    with weights.TensorFiles(folder) as files:
+        state = weights.to_ours(family, config, model.state_dict(), files)
     saved = next(iter(state.values())).dtype
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype or saved).eval()
-
-
-def _match(model: Transformer, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
-    state = {}
-    for name, parameter in model.state_dict().items():
-        tensor = tensors.pop(hf_name(name), None)
-        if tensor is None:
-            raise UserError(f"{folder}: no tensor {hf_name(name)}", "the file is cut, or not of this model")
-        if tensor.shape != parameter.shape:
-            shapes = f"{tuple(tensor.shape)}, expected {tuple(parameter.shape)}"
-            raise UserError(f"{folder}: {hf_name(name)} has shape {shapes}", "compare with config.json")
-        state[name] = tensor
-    if model.config.tied_embeddings:
-        tensors.pop("lm_head.weight", None)
-    unknown = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
-    if unknown:
-        raise UserError(f"{folder}: unknown tensor {unknown[0]}", "the weights are of another architecture")
-    return state
-
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no model.safetensors", "name a folder that holds a model")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            tensors.update(load_file(file))
-        except SafetensorError as error:
-            raise UserError(f"{file}: {error}", "the file is damaged; fetch or train it again") from None
-    return tensors
 
 
 def resolve(ref: str | Path) -> Path:

@@ -50,7 +50,9 @@ class ModelConfig(Config):
     rope_width: int = Field(0, ge=0, description="rotated entries of a head; 0 = all")
     rope_scaling: RopeScaling | None = Field(None, description="stretching of the rotary angles")
     rope_layers: tuple[bool, ...] = Field((True,), description="which layers rotate, in a cycle")
-    window: int = Field(0, ge=0, description="tokens that a local layer's query sees, itself included; 0 = all")
+    window: int = Field(
+        0, ge=0, description="tokens that a local layer's query sees, itself included; 0 = all"
+    )
     local_layers: tuple[bool, ...] = Field((True,), description="which layers have the window, in a cycle")
     local_rope_theta: float = Field(
         0.0, ge=0, description="base of the angles in local layers, unscaled; 0 = as in the others"
@@ -81,7 +83,9 @@ class ModelConfig(Config):
     one_norm: bool = Field(False, description="with parallel_residual: they share one norm too")
     embedding_norm: bool = Field(False, description="norm of the embeddings")
     embedding_scale: float = Field(1.0, gt=0, description="factor of the embeddings")
-    embedding_width: int = Field(0, ge=0, description="width of the embeddings, projected to width; 0 = width")
+    embedding_width: int = Field(
+        0, ge=0, description="width of the embeddings, projected to width; 0 = width"
+    )
     head_bias: bool = Field(False, description="bias of the output matrix")
     logit_softcap: float = Field(0.0, ge=0, description="c: logits become c tanh(logit / c); 0 = none")
 
@@ -114,8 +118,9 @@ class ModelConfig(Config):
             self.__dict__[name] = _shortest_cycle(getattr(self, name), self.n_layers)
         if self.rope_width == self.head_width:
             self.__dict__["rope_width"] = 0
-        if self.embedding_width == self.width:
-            self.__dict__["embedding_width"] = 0
+        for name, whole in (("embedding_width", self.width), ("expert_width", self.ffn_width)):
+            if getattr(self, name) == whole:
+                self.__dict__[name] = 0
         return self
 
     def window_of(self, layer: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from danlu.core.errors import UserError
 from danlu.model.config import ModelConfig
-from danlu.model.rules import HF, Always, Choice, Key, Only, Optional, Rope, Rule, Windows
+from danlu.model.rules import HF, Always, Choice, Key, Only, Optional, Rope, Rule, Width, Windows
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,6 @@ class Family:
 def names(table: Mapping[str, str], layout: str = "stacked") -> tuple[Names, ...]:
     """Rows of {ours: theirs}; several of ours are separated by spaces."""
     return tuple(Names(tuple(ours.split()), theirs, layout) for ours, theirs in table.items())
-
-
-def _base(theirs: str, **changes: str) -> str:
-    return changes.get(theirs, theirs)
 
 
 # Names
@@ -209,10 +205,15 @@ _BLOOM_NAMES = names({_QKV: _BLOOM_LAYER + "self_attention.query_key_value"}, "b
 
 
 def _head_width(hf: HF) -> int:
-    return hf["hidden_size"] // hf["num_attention_heads"]
+    width, heads = hf["hidden_size"], hf["num_attention_heads"]
+    if width % heads:
+        raise UserError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    return width // heads
 
 
-def _sizes(tied: bool = False, kv: Any = None, positions: int = 2048, head: Any = _head_width) -> tuple[Rule, ...]:
+def _sizes(
+    tied: bool = False, kv: Any = None, positions: int = 2048, head: Any = _head_width
+) -> tuple[Rule, ...]:
     """Keys that most families share. `kv`, `head`: defaults of the key-value heads and of a head's width."""
     return (
         Key("vocab_size", "vocab_size"),
@@ -384,9 +385,9 @@ FAMILIES = (
             _SILU,
             _LlamaBias(),
             Windows(4096, "use_sliding_window"),
-            Key("n_experts", "num_experts", 128),
+            Key("n_experts", "num_experts", lambda hf: hf.get("num_local_experts", 128)),
             Key("n_active", "num_experts_per_tok", 8),
-            Key("expert_width", "moe_intermediate_size", 768),
+            Width("expert_width", "moe_intermediate_size", "ffn_width", 768),
             Key("normalised_experts", "norm_topk_prob", False),
             _SparseLayers(),
             Always(qk_norm=True),
@@ -496,7 +497,7 @@ FAMILIES = (
             Key("ffn_width", "ffn_dim"),
             Key("max_positions", "max_position_embeddings", 2048),
             Key("tied_embeddings", "tie_word_embeddings", True),
-            Key("embedding_width", "word_embed_proj_dim", lambda hf: hf["hidden_size"], encode=int),
+            Width("embedding_width", "word_embed_proj_dim", "width", lambda hf: hf["hidden_size"]),
             Choice("ffn", "activation_function", "relu", _PLAIN),
             Key(
                 "norm_place",
@@ -544,7 +545,7 @@ FAMILIES = (
         "GPTJForCausalLM",
         (
             *_gpt_sizes(inner=True, tied=False),
-            Key("rope_width", "rotary_dim", 64),
+            Width("rope_width", "rotary_dim", "head_width", 64),
             Choice("ffn", "activation_function", "gelu_new", _PLAIN),
             Always(
                 parallel_residual=True, one_norm=True, ffn_bias=True, head_bias=True, **_LAYER_NORM

@@ -64,6 +64,22 @@ def Optional(ours: str, theirs: str, default: float = 0) -> Key:  # noqa: N802
     )
 
 
+@dataclass(frozen=True)
+class Width:
+    """A width that with us is 0 where it is that of another field; `default` where the key is absent."""
+
+    ours: str
+    theirs: str
+    whole: str
+    default: Any
+
+    def read(self, hf: HF) -> dict[str, Any]:
+        return Key(self.ours, self.theirs, self.default).read(hf)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {self.theirs: getattr(config, self.ours) or getattr(config, self.whole)}
+
+
 class Always:
     """What every model of the family does, and no key says."""
 

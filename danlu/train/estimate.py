@@ -1,13 +1,12 @@
 """What a training stage will cost here, for `danlu plan`."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from danlu.core.device import machine
 from danlu.core.errors import UserError
+from danlu.core.files import read_json
 from danlu.core.verbs import Estimate
-from danlu.model import count
+from danlu.model import count, families
 from danlu.model.config import ModelConfig
 from danlu.train.compiling import should_compile
 from danlu.train.config import TrainConfig
@@ -67,5 +66,5 @@ def _sizes(config: TrainConfig, upstream: Mapping[str, Estimate]) -> tuple[Model
         return ModelConfig(**upstream["init_from"].outputs["model"]), []
     for folder in (config.init_from, config.init_from / "model"):
         if (folder / "config.json").is_file():
-            return ModelConfig.from_hf(json.loads(Path(folder / "config.json").read_text("utf-8"))), []
+            return families.from_hf(read_json(folder / "config.json"), str(folder / "config.json")), []
     return ModelConfig(), [f"{config.init_from}: no model there yet; its size is guessed"]

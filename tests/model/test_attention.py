@@ -68,7 +68,7 @@ def test_output_and_gradient_of_random_packings(segments: Tensor, groups: int) -
 @pytest.mark.parametrize("segments", [None, packing([[50, 13], [1, 62]]), packing([[63]])])
 def test_the_gpu_path_is_the_same_attention(segments: Tensor | None) -> None:
     q, k, v = inputs(2 if segments is None else len(segments), 4, 2, 63, 8, torch.float64)
-    got = fused_attention(q, k, v, square_mask(segments))
+    got = fused_attention(q, k, v, square_mask(segments), q.shape[-1] ** -0.5)
     torch.testing.assert_close(got, square(q, k, v, segments))
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from danlu.core.errors import UserError
 from danlu.model.checkpoint import load_model, resolve, save_model
 from danlu.model.config import ModelConfig
+from danlu.model.families import to_hf
 from danlu.model.transformer import Transformer
 
 IDS = torch.arange(40)[None]
@@ -47,7 +48,7 @@ def test_transformers_loads_our_folder(tmp_path: Path, tied: bool) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_we_load_the_folder_of_transformers(tmp_path: Path, tied: bool) -> None:
-    config = LlamaConfig(**sizes(tied_embeddings=tied).to_hf())
+    config = LlamaConfig(**to_hf(sizes(tied_embeddings=tied)))
     theirs = LlamaForCausalLM(config)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

@@ -6,8 +6,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from danlu.core.errors import UserError
 from danlu.model.cache import KVCache
-from danlu.model.checkpoint import hf_name
+from danlu.model.checkpoint import hf_tensors
 from danlu.model.config import ModelConfig
+from danlu.model.families import to_hf
 from danlu.model.transformer import Transformer
 
 SIZES = ModelConfig(
@@ -26,8 +27,8 @@ def make(**changes: object) -> Transformer:
 
 
 def oracle(model: Transformer) -> LlamaForCausalLM:
-    theirs = LlamaForCausalLM(LlamaConfig(**model.config.to_hf(), attn_implementation="eager"))
-    state = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    theirs = LlamaForCausalLM(LlamaConfig(**to_hf(model.config), attn_implementation="eager"))
+    state = hf_tensors(model.config, model.state_dict())
     missing, unknown = theirs.load_state_dict(state, strict=False)
     assert not unknown
     assert not [name for name in missing if name != "lm_head.weight"]
@@ -57,8 +58,9 @@ def test_gradients_are_those_of_transformers() -> None:
     (model(batch) * weights).sum().backward()
     (theirs(batch).logits * weights).sum().backward()
     expected = dict(theirs.named_parameters())
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[hf_name(name)].grad, atol=5e-3, rtol=1e-4)
+    ours = hf_tensors(model.config, {name: p.grad for name, p in model.named_parameters()})
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, expected[name].grad, atol=5e-3, rtol=1e-4)
 
 
 def test_packed_logits_are_unpacked_logits() -> None:

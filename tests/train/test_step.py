@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from danlu.core.errors import UserError
-from danlu.model.checkpoint import hf_name
+from danlu.model.checkpoint import hf_tensors
 from danlu.model.config import ModelConfig
+from danlu.model.families import to_hf
 from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch
 from danlu.train import compiling
@@ -54,8 +55,8 @@ def gradients(model: Transformer) -> list[torch.Tensor]:
 
 def test_a_step_is_that_of_transformers_and_torch() -> None:
     model, batch = make(), ragged(4)
-    theirs = LlamaForCausalLM(LlamaConfig(**SIZES.to_hf(), attn_implementation="eager"))
-    theirs.load_state_dict({hf_name(k): v for k, v in model.state_dict().items()}, strict=False)
+    theirs = LlamaForCausalLM(LlamaConfig(**to_hf(SIZES), attn_implementation="eager"))
+    theirs.load_state_dict(hf_tensors(SIZES, model.state_dict()), strict=False)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in theirs.parameters() if p.ndim == 2], "weight_decay": 0.1},
@@ -79,8 +80,8 @@ def test_a_step_is_that_of_transformers_and_torch() -> None:
         assert norm > 0.5
         assert result.n_supervised == 1 + 2 + 3 + 4
     want = dict(theirs.named_parameters())
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, want[hf_name(name)], atol=1e-4, rtol=0)
+    for name, parameter in hf_tensors(SIZES, dict(model.named_parameters())).items():
+        torch.testing.assert_close(parameter, want[name], atol=1e-4, rtol=0)
 
 
 def test_accumulation_counts_tokens_not_batches() -> None:

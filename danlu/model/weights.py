@@ -1,0 +1,209 @@
+"""Tensors of a published model and ours: names, layouts, and what may not be missing.
+
+Reads and writes Hugging Face folders: one or several safetensors files, or PyTorch's `.bin`, which is
+loaded as weights only, so that no code in it runs.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from danlu.core.errors import UserError
+from danlu.core.files import read_json
+from danlu.model.config import ModelConfig
+from danlu.model.families import Family
+from danlu.model.layouts import ByHead, Interleaved, Layout, Stacked
+
+LAYOUTS: dict[str, Layout] = {
+    "stacked": Stacked(),
+    "transposed": Stacked(transposed=True),
+    "by_head": ByHead(),
+    "interleaved": Interleaved(),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of their tensors, and ours that it holds."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    layout: Layout
+
+
+def entries(family: Family, config: ModelConfig, ours: Mapping[str, Tensor]) -> list[Entry]:
+    """The table's rows for a model with the tensors `ours`, each of which is in one entry."""
+    found = []
+    for row in family.names:
+        for place in _places(row.theirs, config):
+            modules = [module.format(**place) for module in row.ours]
+            for kind in ("weight", "bias"):
+                tensors = tuple(f"{module}.{kind}" for module in modules)
+                if all(name in ours for name in tensors):
+                    layout = LAYOUTS[row.layout]
+                    found.append(Entry(f"{row.theirs.format(**place)}.{kind}", tensors, layout))
+    covered = {name for entry in found for name in entry.ours}
+    if missing := ours.keys() - covered:
+        raise UserError(
+            f"{family.architecture} has no name for {min(missing)}", "danlu can't save this model as that"
+        )
+    return found
+
+
+def _places(template: str, config: ModelConfig) -> Iterator[dict[str, int]]:
+    layers = range(config.n_layers) if "{i}" in template else range(1)
+    experts = range(config.n_experts) if "{e}" in template else range(1)
+    for layer in layers:
+        for expert in experts:
+            yield {"i": layer, "e": expert}
+
+
+def to_theirs(family: Family, config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under their names, in their layout."""
+    return {
+        entry.theirs: entry.layout.join([ours[name] for name in entry.ours], config).contiguous()
+        for entry in entries(family, config, ours)
+    }
+
+
+def to_ours(
+    family: Family, config: ModelConfig, ours: Mapping[str, Tensor], files: "TensorFiles"
+) -> dict[str, Tensor]:
+    """Tensors from `files` under our names; `ours` gives names and shapes.
+
+    Raises UserError naming a tensor that is missing, unknown, or of another shape.
+    """
+    state: dict[str, Tensor] = {}
+    used = set()
+    names = files.names
+    for entry in entries(family, config, ours):
+        name = entry.theirs if entry.theirs in names else entry.theirs.removeprefix(family.prefix)
+        if name not in names:
+            raise UserError(
+                f"{files.where}: no tensor {entry.theirs}", "the file is cut, or not of this model"
+            )
+        used.add(name)
+        tensor = files.read(name)
+        shapes = [ours[our].shape for our in entry.ours]
+        parts = entry.layout.split(tensor, shapes, config)
+        if [part.shape for part in parts] != shapes:
+            rows = sum(shape[0] for shape in shapes)
+            expected = (rows, *shapes[0][1:])
+            raise UserError(
+                f"{files.where}: {name} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(reversed(expected)) if entry.layout == LAYOUTS['transposed'] else expected}",
+                "compare with config.json",
+            )
+        state |= dict(zip(entry.ours, parts, strict=True))
+    _refuse_unknown(family, config, names - used, files, state)
+    return state
+
+
+def _refuse_unknown(
+    family: Family, config: ModelConfig, rest: set[str], files: "TensorFiles", state: dict[str, Tensor]
+) -> None:
+    for name in sorted(rest):
+        if name.endswith(family.ignored):
+            continue
+        head = name.removeprefix(family.prefix) in ("lm_head.weight", "embed_out.weight")
+        if head and config.tied_embeddings:
+            if torch.equal(files.read(name), state["embedding.weight"]):
+                continue
+            raise UserError(
+                f"{files.where}: {name} differs from the embedding, and tie_word_embeddings is true",
+                "set tie_word_embeddings to false in config.json, or mend the weights",
+            )
+        raise UserError(f"{files.where}: unknown tensor {name}", "the weights are of another architecture")
+
+
+class TensorFiles:
+    """The tensors of a folder, read when asked for; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        for file in _weight_files(folder):
+            opened = self._open(file)
+            self._files |= dict.fromkeys(opened.keys(), opened)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def read(self, name: str) -> Tensor:
+        file = self._files[name]
+        return file[name] if isinstance(file, dict) else file.get_tensor(name)
+
+    def _open(self, file: Path) -> Any:
+        damaged = "the file is damaged; fetch or train it again"
+        if file.suffix == ".safetensors":
+            try:
+                return self._stack.enter_context(safe_open(file, "pt"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: {error}", damaged) from None
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"{file}: holds more than tensors, which danlu does not load: it could run code",
+                "ask for the weights as safetensors",
+            ) from None
+        except (RuntimeError, EOFError, OSError, ValueError) as error:
+            raise UserError(f"{file}: {str(error).splitlines()[0]}", damaged) from None
+
+    def __enter__(self) -> "TensorFiles":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that an index names, else all of one kind; safetensors before `.bin`."""
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / name).is_file():
+            index = read_json(folder / name)
+            files = sorted({folder / str(file) for file in index.get("weight_map", {}).values()})
+            for file in files:
+                if not file.is_file():
+                    raise UserError(f"{file}: named in {name}, and not there", "fetch the missing part")
+            return files
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise UserError(f"{folder}: no model.safetensors", "name a folder that holds a model")
+
+
+def write_shards(tensors: Mapping[str, Tensor], folder: Path, largest: int = 5 * 10**9) -> None:
+    """safetensors files of at most `largest` bytes (a larger tensor has one of its own), with their index."""
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > largest:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
