@@ -96,7 +96,7 @@ class Quickstart:
     stdout: str
     seconds: float
     peak_memory_bytes: int
-    """Resident memory at most, as the system counted it."""
+    """Resident memory at most, as the system counted it from outside."""
 
     @property
     def run(self) -> Path:

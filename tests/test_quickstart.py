@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,7 +149,8 @@ def test_it_stays_within_eight_gigabytes(
 ) -> None:
     recorded = max(lineage["peak_memory_bytes"] for lineage in lineages.values())
     assert recorded == figures["peak_memory_bytes"]
-    assert recorded == pytest.approx(quickstart.peak_memory_bytes, rel=0.05)
+    if sys.platform == "linux":
+        assert recorded == pytest.approx(quickstart.peak_memory_bytes, rel=0.05)
     assert quickstart.peak_memory_bytes < 8e9
 
 

@@ -14,8 +14,8 @@ from danlu.core.runner import Work
 from danlu.core.show import console, show_size, table
 from danlu.core.verbs import Estimate, Verb
 
-IMPORTS_BYTES = 100_000_000
-"""Resident memory of every danlu process: Python and what all verbs import."""
+IMPORTS_BYTES = 250_000_000
+"""Resident memory of a run before its first stage: Python, torch, and what all verbs import."""
 
 
 @dataclass

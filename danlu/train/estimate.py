@@ -15,8 +15,8 @@ UTILISATION = 0.35
 """Share of the machine's matrix-product rate that training reaches: `benchmarks/train_throughput.py`
 measures 30 to 50 % from 10 to 50 million parameters; smaller models reach less."""
 
-TORCH_BYTES = 300_000_000
-"""What torch, its distributed checkpoints and the tokenizer keep resident."""
+LOADED_BYTES = 150_000_000
+"""What a first step, torch's distributed checkpoints and the tokenizer keep resident besides."""
 START_SECONDS, COMPILE_SECONDS = 2, 5
 """Until the first step; the compiler takes twice that the first time, and less from its cache."""
 
@@ -42,7 +42,7 @@ def estimate_training(config: TrainConfig, upstream: Mapping[str, Estimate]) -> 
     except UserError as error:
         compiled = False
         problems.append(f"{error.message}: {error.remedy}")
-    memory = TORCH_BYTES + count.training_memory(
+    memory = LOADED_BYTES + count.training_memory(
         sizes, micro_batch, 2 if low else 4, config.checkpoint_activations, config.optim.name, compiled
     )
     if memory > here.memory_bytes:
