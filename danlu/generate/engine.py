@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from danlu.core.errors import UserError
 from danlu.data.conversations import Messages

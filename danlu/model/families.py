@@ -5,19 +5,19 @@ that it keeps otherwise than we do). Nothing else in danlu knows a model by its 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from danlu.core.errors import UserError
 from danlu.model.config import ModelConfig
-from danlu.model.rules import HF, Always, Choice, Key, Only, Optional, Rope, Rule, Width, Windows
+from danlu.model.rules import HF, Always, Key, Only, Rope, Rule, Width, Windows, choice, optional
 
 
 @dataclass(frozen=True)
 class Names:
-    """Our module (or modules, where theirs is one tensor of several) and theirs, `{i}` the layer, `{e}` the expert."""
+    """Our module (or several, where theirs holds them all) and theirs; `{i}` the layer, `{e}` the expert."""
 
     ours: tuple[str, ...]
     theirs: str
@@ -44,6 +44,7 @@ def names(table: Mapping[str, str], layout: str = "stacked") -> tuple[Names, ...
 
 # Names
 
+_QKV = "layers.{i}.attention.q layers.{i}.attention.k layers.{i}.attention.v"
 _LAYER = "model.layers.{i}."
 _OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _NORMS = {
@@ -99,7 +100,7 @@ _PHI3_NAMES = names(
     {
         **_OUTER,
         **_NORMS,
-        "layers.{i}.attention.q layers.{i}.attention.k layers.{i}.attention.v": _LAYER + "self_attn.qkv_proj",
+        _QKV: _LAYER + "self_attn.qkv_proj",
         "layers.{i}.attention.out": _LAYER + "self_attn.o_proj",
         "layers.{i}.ffn.gate layers.{i}.ffn.up": _LAYER + "mlp.gate_up_proj",
         "layers.{i}.ffn.down": _LAYER + "mlp.down_proj",
@@ -108,7 +109,7 @@ _PHI3_NAMES = names(
 
 _GPT_MATRICES = names(
     {
-        "layers.{i}.attention.q layers.{i}.attention.k layers.{i}.attention.v": "transformer.h.{i}.attn.c_attn",
+        _QKV: "transformer.h.{i}.attn.c_attn",
         "layers.{i}.attention.out": "transformer.h.{i}.attn.c_proj",
         "layers.{i}.ffn.up": "transformer.h.{i}.mlp.c_fc",
         "layers.{i}.ffn.down": "transformer.h.{i}.mlp.c_proj",
@@ -154,7 +155,6 @@ _OPT_NAMES = names(
         "layers.{i}.ffn.down": _OPT_LAYER + "fc2",
     }
 )
-_QKV = "layers.{i}.attention.q layers.{i}.attention.k layers.{i}.attention.v"
 _NEOX_LAYER = "gpt_neox.layers.{i}."
 _NEOX_NAMES = names({_QKV: _NEOX_LAYER + "attention.query_key_value"}, "by_head") + names(
     {
@@ -314,7 +314,7 @@ def _but_every(n: int, key: str) -> Any:
 _GEMMA = (
     *_sizes(tied=True, positions=8192, head=256, kv=lambda hf: 4),
     _rms(1e-6),
-    Choice("ffn", "hidden_activation", "gelu_pytorch_tanh", _GATED),
+    choice("ffn", "hidden_activation", "gelu_pytorch_tanh", _GATED),
     _LlamaBias(),
     Key(
         "attention_scale",
@@ -442,8 +442,8 @@ FAMILIES = (
             *_GEMMA,
             Rope(),
             Windows(4096, pattern=_but_every(2, "sliding_window_pattern")),
-            Optional("attention_softcap", "attn_logit_softcapping", 50.0),
-            Optional("logit_softcap", "final_logit_softcapping", 30.0),
+            optional("attention_softcap", "attn_logit_softcapping", 50.0),
+            optional("logit_softcap", "final_logit_softcapping", 30.0),
         ),
         _GEMMA_NAMES,
     ),
@@ -454,8 +454,8 @@ FAMILIES = (
             *_GEMMA,
             Rope(1e6, nested=True),
             Windows(4096, pattern=_but_every(6, "sliding_window_pattern")),
-            Optional("attention_softcap", "attn_logit_softcapping"),
-            Optional("logit_softcap", "final_logit_softcapping"),
+            optional("attention_softcap", "attn_logit_softcapping"),
+            optional("logit_softcap", "final_logit_softcapping"),
             Always(qk_norm=True),
         ),
         _GEMMA_NAMES,
@@ -466,7 +466,7 @@ FAMILIES = (
         (
             *_gpt_sizes(inner=False, tied=True),
             # Its "gelu" is the approximation with tanh.
-            Choice("ffn", "afn", "gelu", {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu"}),
+            choice("ffn", "afn", "gelu", {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu"}),
             Always(positions="learned", norm_place="post", **_LAYER_NORM, **_BIASES),
         ),
         _GPT_NAMES,
@@ -478,7 +478,7 @@ FAMILIES = (
         "GPT2LMHeadModel",
         (
             *_gpt_sizes(inner=True, tied=True),
-            Choice("ffn", "activation_function", "gelu_new", _PLAIN),
+            choice("ffn", "activation_function", "gelu_new", _PLAIN),
             Only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
             Always(positions="learned", **_LAYER_NORM, **_BIASES),
         ),
@@ -498,7 +498,7 @@ FAMILIES = (
             Key("max_positions", "max_position_embeddings", 2048),
             Key("tied_embeddings", "tie_word_embeddings", True),
             Width("embedding_width", "word_embed_proj_dim", "width", lambda hf: hf["hidden_size"]),
-            Choice("ffn", "activation_function", "relu", _PLAIN),
+            choice("ffn", "activation_function", "relu", _PLAIN),
             Key(
                 "norm_place",
                 "do_layer_norm_before",
@@ -531,7 +531,7 @@ FAMILIES = (
             Key("norm_eps", "layer_norm_eps", 1e-5),
             Key("tied_embeddings", "tie_word_embeddings", False),
             Key("parallel_residual", "use_parallel_residual", True),
-            Choice("ffn", "hidden_act", "gelu", _PLAIN),
+            choice("ffn", "hidden_act", "gelu", _PLAIN),
             Rope(partial=0.25, theta_key="rotary_emb_base", partial_key="rotary_pct"),
             Only(attention_bias=True),
             Always(n_kv_heads=lambda hf: hf["num_attention_heads"], **_LAYER_NORM, **_BIASES),
@@ -546,7 +546,7 @@ FAMILIES = (
         (
             *_gpt_sizes(inner=True, tied=False),
             Width("rope_width", "rotary_dim", "head_width", 64),
-            Choice("ffn", "activation_function", "gelu_new", _PLAIN),
+            choice("ffn", "activation_function", "gelu_new", _PLAIN),
             Always(
                 parallel_residual=True, one_norm=True, ffn_bias=True, head_bias=True, **_LAYER_NORM
             ),
@@ -645,7 +645,3 @@ def _express(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     raise UserError(
         "no Hugging Face family has these settings together", "change model.…, or train it without saving"
     )
-
-
-def known() -> Iterable[str]:
-    return (family.architecture for family in FAMILIES)

@@ -28,7 +28,7 @@ def _same(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Key:
-    """One of our fields in one key; `default` (a value, or a function of the file) where it is absent or null."""
+    """One of our fields in one key; `default`: a value, or a function of the file, where it is absent."""
 
     ours: str
     theirs: str
@@ -51,13 +51,13 @@ class Key:
         return {self.theirs: self.encode(getattr(config, self.ours))}
 
 
-def Choice(ours: str, theirs: str, default: str, names: Mapping[str, str]) -> Key:  # noqa: N802
+def choice(ours: str, theirs: str, default: str, names: Mapping[str, str]) -> Key:
     """A key whose values have other names: {theirs: ours}."""
-    back = {our: their for their, our in reversed(names.items())}
+    back = {our: their for their, our in reversed(list(names.items()))}
     return Key(ours, theirs, default, lambda value: names[value], lambda value: back.get(value, ""))
 
 
-def Optional(ours: str, theirs: str, default: float = 0) -> Key:  # noqa: N802
+def optional(ours: str, theirs: str, default: float = 0) -> Key:
     """A number where null means none, which is 0 with us; `default` where the key is absent."""
     return Key(
         ours, theirs, lambda hf: 0 if theirs in hf else default, lambda value: value, lambda v: v or None
@@ -126,8 +126,8 @@ class Rope:
     kinds: tuple[str, ...] = ("linear", "dynamic", "yarn", "llama3")
 
     def read(self, hf: HF) -> dict[str, Any]:
-        given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        rope = given.get("full_attention", given) if self.nested else given
+        given: HF = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        rope: HF = given.get("full_attention", given) if self.nested else given
         theta = rope.get("rope_theta") or hf.get(self.theta_key) or self.theta
         fields: dict[str, Any] = {"rope_theta": float(theta)}
         if self.nested:
@@ -194,7 +194,7 @@ def _read_scaling(kind: str, rope: HF, original: int) -> RopeScaling:
         return RopeScaling(kind="llama3", factor=factor, original=original, low=low, high=high)
     if kind != "yarn":
         return RopeScaling(
-            kind=kind,  # type: ignore[arg-type]
+            kind=kind,
             factor=factor,
             original=original if kind == "dynamic" else 0,
         )
