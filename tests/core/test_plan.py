@@ -28,6 +28,7 @@ def chip(monkeypatch: pytest.MonkeyPatch) -> None:
     """A known machine."""
     for module in (plan, estimate):
         monkeypatch.setattr(module, "machine", lambda: MACHINE)
+    monkeypatch.setattr("danlu.core.device.has_native_bf16", lambda device: True)
     monkeypatch.setattr(plan.host, "available_memory_bytes", lambda: 6 * 10**9)
 
 
