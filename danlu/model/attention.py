@@ -151,7 +151,7 @@ def _probabilities(
     """(B · H_kv, H / H_kv · rows, keys), each row summing to one; and the soft cap's derivative, if any."""
     scores, slope = q_rows @ k[:, block.first : block.end].mT, None
     if how.softcap or how.alibi:
-        scores = scores.float()
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if how.softcap:
         bent = (scores / how.softcap).tanh_()
         slope, scores = (1 - bent.square()).to(k.dtype), bent * how.softcap

@@ -12,22 +12,34 @@ from torch import Tensor
 
 from danlu.model.attention import (
     BLOCK,
+    Scores,
+    cached_attention,
     causal_attention,
     fused_attention,
     plan_blocks,
     segment_starts,
     square_mask,
 )
+from danlu.model.positions import alibi_slopes
 
 
-def square(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
+def square(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, how: Scores | None = None) -> Tensor:
     """The definition, with the whole matrix of scores; returns (B, T, H, head)."""
+    how = how or Scores(q.shape[3] ** -0.5)
     n_tokens, groups = q.shape[2], q.shape[1] // k.shape[1]
     seen = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()[None]
     if segments is not None:
         seen = seen & (segments[:, :, None] == segments[:, None, :])
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(~seen[:, None], -torch.inf)
+    scores = q @ k.mT * how.scale
+    index = torch.arange(n_tokens)
+    if how.window:
+        seen = seen & (index[:, None] - index < how.window)
+    if how.softcap:
+        scores = how.softcap * (scores / how.softcap).tanh()
+    if how.alibi:
+        scores = scores - alibi_slopes(q.shape[1])[:, None, None] * (index[:, None] - index)
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
@@ -63,6 +75,41 @@ def test_output_and_gradient_of_random_packings(segments: Tensor, groups: int) -
     weight = torch.randn_like(want)
     expected = torch.autograd.grad((want * weight).sum(), (q, k, v))
     torch.testing.assert_close(torch.autograd.grad((got * weight).sum(), (q, k, v)), expected)
+
+
+HOW = [
+    Scores(0.3, window=1),
+    Scores(0.5, window=40),
+    Scores(0.5, window=200),
+    Scores(0.5, alibi=True),
+    Scores(0.5, softcap=1.5),
+    Scores(0.5, window=70, alibi=True, softcap=2.0),
+]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("segments", [None, packing([[150, 150], [20, 280]])])
+def test_windows_alibi_and_soft_caps(how: Scores, segments: Tensor | None) -> None:
+    q, k, v = inputs(2, 6, 2, 300, 4, torch.float64)
+    blocks = plan_blocks(q[:, 0, :, 0], segments, torch.float64, how.window)
+    got, want = causal_attention(q, k, v, blocks, how), square(q, k, v, segments, how)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+    weight = torch.randn_like(want)
+    expected = torch.autograd.grad((want * weight).sum(), (q, k, v))
+    found = torch.autograd.grad((got * weight).sum(), (q, k, v))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    if how.window:  # no key that no query of the block sees is multiplied with
+        assert all(block.end - block.first < how.window + BLOCK for block in blocks)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("new", [1, 5])
+def test_new_tokens_over_a_cache(how: Scores, new: int) -> None:
+    q, k, v = inputs(2, 6, 2, 90, 4, torch.float32)
+    positions = torch.arange(90 - new, 90)[None]
+    with torch.no_grad():
+        got = cached_attention(q[:, :, -new:], k, v, positions, how)
+        torch.testing.assert_close(got, square(q, k, v, None, how)[:, -new:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("segments", [None, packing([[50, 13], [1, 62]]), packing([[63]])])

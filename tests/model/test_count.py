@@ -33,3 +33,32 @@ def test_flops() -> None:
 def test_cache_bytes() -> None:
     cache = KVCache(SIZES, 3, 50, torch.bfloat16)
     assert count.kv_cache_bytes(SIZES, 3, 50) == 2 * cache.keys.nbytes
+
+
+@pytest.mark.parametrize("experts", [True, False])
+def test_flops_of_experts_and_windows(experts: bool) -> None:
+    """torch's count of a forward pass; a window of whole blocks is computed a block wider than it is."""
+    more = {"n_experts": 4, "n_active": 2, "expert_width": 48, "moe_layers": (True, False)} if experts else {}
+    sizes = ModelConfig(**{**SIZES.model_dump(exclude={"head_width"}), **more})
+    n_tokens = 1024
+    with FlopCounterMode(display=False) as counter:
+        Transformer(sizes)(torch.randint(0, 300, (1, n_tokens)))
+    extra = 2 * sizes.n_layers * sizes.width * n_tokens / (n_tokens // 128)
+    want = count.flops_per_token(sizes, n_tokens, backward=False) + extra
+    assert counter.get_total_flops() / n_tokens == pytest.approx(want)
+    window = sizes.model_copy(update={"window": 256})
+    seen = sum(min(i + 1, 256) for i in range(n_tokens)) / n_tokens
+    attention = count.flops_per_token(window, n_tokens, False) - 2 * count.matmul_parameters(window)
+    assert attention == pytest.approx(4 * sizes.n_layers * sizes.width * seen, rel=0.01)
+
+
+def test_active_parameters_are_those_that_a_token_touches() -> None:
+    sizes = ModelConfig(
+        vocab_size=300, width=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_width=96, ffn_bias=True,
+        n_experts=6, n_active=2, expert_width=48,
+    )  # fmt: skip
+    model = Transformer(sizes)
+    experts = [expert for layer in model.layers for expert in layer.ffn.experts[2:]]
+    idle = sum(p.numel() for expert in experts for p in expert.parameters())
+    assert count.parameters(sizes) == sum(p.numel() for p in model.parameters())
+    assert count.active_parameters(sizes) == count.parameters(sizes) - idle

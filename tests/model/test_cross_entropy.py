@@ -36,6 +36,21 @@ def test_loss_and_gradient(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(torch.autograd.grad(3 * got, args[:2]), expected)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_bias_and_soft_cap(softcap: float, has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK", 64 * 37)
+    hidden, head, targets, weights = inputs(150, 16, 37)
+    bias = torch.randn(37, dtype=torch.float64).requires_grad_() if has_bias else None
+    z = F.linear(hidden, head, bias)
+    z = softcap * (z / softcap).tanh() if softcap else z
+    want = (F.cross_entropy(z, targets, reduction="none") * weights).sum()
+    got = linear_cross_entropy(hidden, head, targets, weights, bias, softcap)
+    torch.testing.assert_close(got, want)
+    inner = [hidden, head] + ([] if bias is None else [bias])
+    torch.testing.assert_close(torch.autograd.grad(3 * got, inner), torch.autograd.grad(3 * want, inner))
+
+
 def test_gradient_by_finite_differences() -> None:
     hidden, head, targets, weights = inputs(6, 3, 5)
     assert torch.autograd.gradcheck(
