@@ -202,7 +202,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, how: Sc
         return y.transpose(1, 2)
     # One token: memory decides the time, and each key and value is read once for all heads that share it.
     b, h, t, head = q.shape
-    rows = q.view(b, k.shape[1], -1, head) * how.scale
+    rows = q.reshape(b, k.shape[1], -1, head) * how.scale
     scores = (rows @ k.mT).view(b, h, t, -1)
     if how.softcap:
         scores = (scores.float() / how.softcap).tanh() * how.softcap

@@ -51,7 +51,7 @@ def test_slopes_are_those_of_transformers(n_heads: int) -> None:
 @pytest.mark.parametrize("rotated", [8, 16])
 def test_scores_hang_on_the_distance_only(rotated: int) -> None:
     """Su et al. 2021, equation 16; to offsets of 100,000."""
-    config = ModelConfig(width=32, n_heads=2, rope_width=rotated, max_positions=200_000)
+    config = ModelConfig(width=32, n_heads=2, n_kv_heads=2, rope_width=rotated, max_positions=200_000)
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 
     def score(at: int) -> torch.Tensor:
