@@ -39,6 +39,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-demo.txt | $(BIN
 $(VENV)/.tested: $(VENV)/.installed
 	@echo "Installing what the tests need …"
 	@$(PIP) --editable '.[test,track]'
+	@$(BIN)/danlu get smollm2
 	@touch $@
 
 $(VENV)/.linted: $(VENV)/.installed

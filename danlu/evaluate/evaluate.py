@@ -68,6 +68,8 @@ def plain_text(file: Path) -> bytes:
 
 def model_bytes(folder: Path) -> int:
     """What sending the model would cost: its weights in bf16 and its tokenizer, compressed by zstd -19."""
+    if folder.is_file():  # GGUF: packed already
+        return folder.stat().st_size
     weights = {name: t.bfloat16() for name, t in load_file(folder / "model.safetensors").items()}
     packed = save(weights) + (folder / "tokenizer.json").read_bytes()
     return len(zstandard.ZstdCompressor(level=19).compress(packed))

