@@ -5,14 +5,14 @@ ours with the same A; ours with different A become one of theirs with all of the
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_folder, read_json
@@ -47,7 +47,7 @@ def save_adapter(model: Transformer, folder: Path, name: str = "default", base: 
     ranks = set()
     written = set()
     for entry, modules in _matrices(model):
-        adapters = [layers[module].adapters[name] for module in modules if module in layers]
+        adapters = [layers[module].adapter(name) for module in modules if module in layers]
         if not adapters:
             continue
         if len(adapters) < len(modules):
@@ -55,7 +55,7 @@ def save_adapter(model: Transformer, folder: Path, name: str = "default", base: 
                 f"{entry.theirs}: only a part of it is adapted",
                 f"adapt all of {', '.join(module.split('.', 2)[2] for module in modules)}",
             )
-        a, b, m = _join(adapters, _rows(entry.layout), model.config)  # type: ignore[arg-type]
+        a, b, m = _join(adapters, _rows(entry.layout), model.config)
         key = _PREFIX + entry.theirs.removesuffix(".weight")
         tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
         tensors |= {} if m is None else {f"{key}.lora_magnitude_vector": m}
@@ -64,9 +64,9 @@ def save_adapter(model: Transformer, folder: Path, name: str = "default", base: 
     if len(ranks) > 1:
         raise UserError(
             "the adapter's matrices would have different ranks in PEFT's files",
-            "adapt with one target pattern",
+            "adapt fused matrices by an adapter of their own",
         )
-    config: LoraConfig = next(iter(layers.values())).adapters[name].config
+    config = next(iter(layers.values())).adapter(name).config
     settings = {
         **_PLAIN,
         "task_type": "CAUSAL_LM",
@@ -80,11 +80,9 @@ def save_adapter(model: Transformer, folder: Path, name: str = "default", base: 
         "fan_in_fan_out": any(entry.layout == Stacked(True) for entry, _ in _matrices(model)),
         "inference_mode": True,
     }
+    saved = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with atomic_folder(Path(folder)) as out:
-        save_file(
-            {key: t.detach().cpu().contiguous() for key, t in tensors.items()},
-            out / "adapter_model.safetensors",
-        )
+        save_file(saved, out / "adapter_model.safetensors")
         (out / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
@@ -112,9 +110,9 @@ def load_adapter(model: Transformer, folder: Path, name: str = "default") -> Non
                 f"{sum(base.shape[0] for base in bases)} × {bases[0].shape[1]}",
                 "the adapter belongs to another base model",
             )
-        lengths = [None] * len(modules)
+        lengths: Sequence[Tensor | None] = [None] * len(modules)
         if m is not None:
-            lengths = _rows(entry.layout).split(m, [row[:1] for row in rows], model.config)  # type: ignore[assignment]
+            lengths = _rows(entry.layout).split(m, [row[:1] for row in rows], model.config)
         wanted |= {module: (a, part, n) for module, part, n in zip(modules, parts, lengths, strict=True)}
     if tensors:
         raise UserError(
@@ -130,7 +128,7 @@ def load_adapter(model: Transformer, folder: Path, name: str = "default") -> Non
             continue
         if module not in wanted:
             raise UserError(f"{folder}: no matrix for {module}", "adapters of some layers only aren't read")
-        adapter = layer.adapters[name]
+        adapter = layer.adapter(name)
         with torch.no_grad():
             for parameter, value in zip((adapter.a, adapter.b, adapter.m), wanted[module], strict=True):
                 if parameter is not None and value is not None:
@@ -172,7 +170,7 @@ def _matrices(model: Transformer) -> list[tuple[Entry, list[str]]]:
 
 def _base_weight(model: Transformer, module: str) -> Tensor:
     layer = model.get_submodule(module)
-    return getattr(layer, "base", layer).weight
+    return cast(nn.Linear, getattr(layer, "base", layer)).weight
 
 
 def _rows(layout: Layout) -> Layout:
@@ -203,7 +201,5 @@ def _read(file: Path) -> dict[str, Tensor]:
         tensors: Mapping[str, Tensor] = load_file(file)
     except SafetensorError as error:
         raise UserError(f"{file}: {error}", "the file is damaged; fetch it again") from None
-    return {
-        name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): t
-        for name, t in tensors.items()
-    }
+    lengths = ".lora_magnitude_vector"
+    return {name.replace(f"{lengths}.weight", lengths): tensor for name, tensor in tensors.items()}

@@ -95,7 +95,7 @@ class GgufFile:
         except (NotImplementedError, ValueError) as error:
             kind = tensor.tensor_type.name
             raise UserError(
-                f"{self.where}: {name} is of kind {kind}: {error}", "danlu can't unpack it"
+                f"{self.where}: {name} is of kind {kind}: {error}", "ask for another kind"
             ) from None
         return torch.from_numpy(values.astype("float32", copy=True))
 

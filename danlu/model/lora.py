@@ -6,6 +6,7 @@ Hu et al. 2022 (LoRA, equation 3; s = Î± / r); Kalajdzievski 2023 (rsLoRA; s = Î
 
 import fnmatch
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +62,15 @@ class LoraLinear(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
 
+    def adapter(self, name: str) -> Adapter:
+        return cast(Adapter, self.adapters[name])
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         if self.active is None:
             return y
-        adapter = self.adapters[self.active]
-        config: LoraConfig = adapter.config
+        adapter = self.adapter(self.active)
+        config = adapter.config
         dropped = F.dropout(x, config.dropout, self.training)
         change = F.linear(F.linear(dropped, adapter.a.to(x.dtype)), adapter.b.to(x.dtype)) * config.scale
         if adapter.m is None:
@@ -84,7 +88,7 @@ class LoraLinear(nn.Module):
         weight = self.base.weight.float()
         if self.active is None:
             return weight
-        adapter = self.adapters[self.active]
+        adapter = self.adapter(self.active)
         weight = weight + adapter.delta()
         return weight if adapter.m is None else (adapter.m / row_lengths(weight))[:, None] * weight
 
@@ -118,11 +122,11 @@ def add_adapter(model: Transformer, config: LoraConfig, name: str = "default") -
     for module_name in found:
         layer = model.get_submodule(module_name)
         if not isinstance(layer, LoraLinear):
-            layer = LoraLinear(layer)
+            layer = LoraLinear(cast(nn.Linear, layer))
             model.set_submodule(module_name, layer)
-        layer.adapters[name] = Adapter(layer.base, config)
+        adapter = layer.adapters[name] = Adapter(layer.base, config)
         layer.train(model.training)
-        trained += layer.adapters[name].parameters()
+        trained += adapter.parameters()
     use_adapter(model, name)
     return trained
 
@@ -140,7 +144,7 @@ def use_adapter(model: Transformer, name: str | None) -> None:
     if name is not None and name not in known:
         raise UserError(f'no adapter is called "{name}"', f"there are {', '.join(sorted(known)) or 'none'}")
     for layer in layers.values():
-        layer.active = name if name in layer.adapters else None
+        layer.active = name if name is not None and name in layer.adapters else None
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,7 +76,7 @@ def to_theirs(family: Family, config: ModelConfig, ours: Mapping[str, Tensor]) -
 
 
 def to_ours(
-    family: Family, config: ModelConfig, ours: Mapping[str, Tensor], files: "TensorFiles"
+    family: Family, config: ModelConfig, ours: Mapping[str, Tensor], files: "Tensors"
 ) -> dict[str, Tensor]:
     """Tensors from `files` under our names; `ours` gives names and shapes.
 
@@ -109,7 +109,7 @@ def to_ours(
 
 
 def _refuse_unknown(
-    family: Family, config: ModelConfig, rest: set[str], files: "TensorFiles", state: dict[str, Tensor]
+    family: Family, config: ModelConfig, rest: set[str], files: "Tensors", state: dict[str, Tensor]
 ) -> None:
     for name in sorted(rest):
         if name.endswith(family.ignored):
@@ -123,6 +123,17 @@ def _refuse_unknown(
                 "set tie_word_embeddings to false in config.json, or mend the weights",
             )
         raise UserError(f"{files.where}: unknown tensor {name}", "the weights are of another architecture")
+
+
+class Tensors(Protocol):
+    """Tensors by their names in a file or folder, which `where` names."""
+
+    where: str
+
+    @property
+    def names(self) -> set[str]: ...
+
+    def read(self, name: str) -> Tensor: ...
 
 
 class TensorFiles:

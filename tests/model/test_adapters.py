@@ -56,10 +56,8 @@ def test_we_read_what_peft_writes(name: str, kind: dict[str, Any], tmp_path: Pat
     save_adapter(ours, tmp_path / "again")
     before = load_file(tmp_path / "adapter/adapter_model.safetensors")
     after = load_file(tmp_path / "again/adapter_model.safetensors")
-    assert {key.removesuffix(".weight") for key in before} == {key.removesuffix(".weight") for key in after}
-    assert all(
-        torch.equal(after.get(key, after.get(key.removesuffix(".weight"))), before[key]) for key in before
-    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}])
@@ -93,7 +91,7 @@ def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"another base model"):
         load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter")
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(UserError, match="adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
         load_adapter(ours, tmp_path / "adapter")
     change(tmp_path / "adapter", peft_type="LOHA")
     with pytest.raises(UserError, match="peft_type is 'LOHA'"):
