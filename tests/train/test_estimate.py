@@ -67,7 +67,13 @@ for _ in range(3):
 weights = 4 * t.count.parameters(t.BIG)
 print(peak_rss_bytes() - before + weights)
 """
-BIG = SIZES.model_copy(update={"width": 384, "ffn_width": 1024, "n_layers": 8, "vocab_size": 2048})
+BIG = ModelConfig(
+    **SIZES.model_dump(exclude={"width", "head_width", "ffn_width", "n_layers", "vocab_size"}),
+    width=384,
+    ffn_width=1024,
+    n_layers=8,
+    vocab_size=2048,
+)
 
 
 @pytest.mark.slow
