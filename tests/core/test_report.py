@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from collections import Counter
 from html.parser import HTMLParser
@@ -248,7 +249,7 @@ def test_a_run_without_training_or_scores(recipe: Any) -> None:
     path = recipe("name: toy\nstages: [{name: one, verb: write, options: {source: '<i>sea</i>'}}]")
     run(make_config(RunConfig, {"recipe": str(path)}), VERBS)
     page = Page(Path("runs/toy/report.html").read_text("utf-8"))
-    assert page.text.count("1 stage took 0:00 min") == 1
+    assert len(re.findall(r"1 stage took 0:0\d min", page.text)) == 1
     assert "<i>sea</i>" in page.text
     assert "Scores" not in page.text
     assert "danlu chat" not in page.text

@@ -18,7 +18,11 @@ from danlu.train.config import OptimConfig
 from danlu.train.optim import make_optimizer
 from danlu.train.step import TrainStep
 
-ALL = [(name, number) for name, cases in CASES.items() for number in range(len(cases))]
+ALL = [
+    pytest.param(name, number, marks=pytest.mark.slow if number else ())
+    for name, cases in CASES.items()
+    for number in range(len(cases))
+]
 IDS = torch.randint(0, 128, (2, 170), generator=torch.Generator().manual_seed(1))
 
 

@@ -38,6 +38,7 @@ def loaded(path: Path) -> tuple[Transformer, Tokenizer]:
     return danlu.load("smollm2")
 
 
+@pytest.mark.slow
 def test_logits_and_ids_are_those_of_transformers(path: Path, loaded: tuple[Transformer, Tokenizer]) -> None:
     model, tokenizer = loaded
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -58,6 +59,7 @@ def test_logits_and_ids_are_those_of_transformers(path: Path, loaded: tuple[Tran
     assert Engine(model, tokenizer).prompt_ids(chat) == prompt
 
 
+@pytest.mark.slow
 def test_it_knows_the_capital_of_france_and_stops(loaded: tuple[Transformer, Tokenizer]) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     answer = Engine(*loaded).chat(question, SamplingParams(max_tokens=40, temperature=0))
