@@ -1,4 +1,4 @@
-"""Models in llama.cpp's GGUF files: read with their quantised tensors unpacked, and written.
+"""Models in llama.cpp's GGUF files, read with their quantised tensors unpacked.
 
 The package `gguf` (extra [gguf]) knows the container and the quantisations; this file knows what
 llama.cpp calls a model's sizes and tensors, as rows like those of `families.py`.
