@@ -111,7 +111,7 @@ def n_streams(n_tokens: int) -> int:
 
 def replays(n_tokens: int) -> int:
     """Windows learnt again for each new one: a short file has time for more."""
-    return max(1, min(4, 2_000_000 // max(n_tokens, 1)))
+    return min(4, 2_000_000 // max(n_tokens, 1))
 
 
 def n_merges(size: int) -> int:
