@@ -7,11 +7,11 @@ are started, warmed up (compiled), and then run by turns, a few steps each, whil
 ratio is taken within an alternation, against the variant of the Trainer that is the faster one overall.
 
 What is equal: the weights at the start, the tokens, AdamW with float32 master weights and state, clipping
-at 1, bf16 where danlu has it. What is counted: whole steps, from one batch to the next, the loss read at
-every step.
+at 1, bf16 where the hardware has it, else float32. What is counted: whole steps, from one batch to the
+next, the loss read at every step.
 
 Model FLOPs a token are 6 N in matrix products and 6 L d T in attention (danlu.model.count); utilisation is
-their rate over the rate of a product of 2,048² (GPU: 8,192²) bf16 matrices, measured in every alternation.
+their rate over the rate of a product of 2,048² (GPU: 8,192²) matrices, measured in every alternation.
 Memory is the peak above the resident size after imports (GPU: the most allocated).
 """
 
@@ -68,7 +68,7 @@ SIZES = {
         "1.3B": Size(_model(2048, 24, 16, 5504, 32768, 2048), 8, 2048, 10),
     },
 }
-CONTESTANTS = ("danlu", "danlu, order of sums free", "Trainer, bf16", "Trainer, bf16, compiled")
+CONTESTANTS = ("danlu", "danlu, order of sums free", "Trainer", "Trainer, compiled")
 WARM_UP = 4
 LR = 1e-3
 
@@ -132,6 +132,7 @@ def run_trainer(size: Size, device: str, turn: Any, compiled: bool) -> None:
     import transformers
     from torch.utils.data import IterableDataset
 
+    from danlu.core.device import choose_dtype
     from danlu.model.checkpoint import hf_tensors
     from danlu.model.families import to_hf
     from danlu.model.transformer import Transformer
@@ -164,7 +165,7 @@ def run_trainer(size: Size, device: str, turn: Any, compiled: bool) -> None:
         arguments = transformers.TrainingArguments(
             folder,
             use_cpu=device == "cpu",
-            bf16=True,
+            bf16=choose_dtype("auto", torch.device(device)) == torch.bfloat16,
             torch_compile=compiled,
             max_steps=10**6,
             per_device_train_batch_size=size.batch_size,
@@ -188,8 +189,8 @@ def run_trainer(size: Size, device: str, turn: Any, compiled: bool) -> None:
 RUNNERS = {
     "danlu": partial(run_danlu, deterministic=True),
     "danlu, order of sums free": partial(run_danlu, deterministic=False),
-    "Trainer, bf16": partial(run_trainer, compiled=False),
-    "Trainer, bf16, compiled": partial(run_trainer, compiled=True),
+    "Trainer": partial(run_trainer, compiled=False),
+    "Trainer, compiled": partial(run_trainer, compiled=True),
 }
 
 
@@ -277,11 +278,13 @@ class Contestant:
 
 
 def product_rate(device: str) -> float:
-    """FLOP/s of a product of square bf16 matrices, the best of several."""
+    """FLOP/s of a product of square matrices in the contestants' dtype, the best of several."""
     import torch
 
-    size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    from danlu.core.device import choose_dtype
+
+    size, dtype = 8192 if device == "cuda" else 2048, choose_dtype("auto", torch.device(device))
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(12):
         start = time.perf_counter()

@@ -85,13 +85,21 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def encode_bytes(self, raw: bytes) -> list[int]:
-        """Any bytes; what isn't UTF-8 goes byte by byte. `decode_bytes` gives them back exactly."""
+        """Any bytes; what isn't UTF-8 goes byte by byte. `decode_bytes` gives them back exactly.
+
+        Raises UserError where it would not, since the tokenizer normalises text.
+        """
         ids: list[int] = []
         for number, part in enumerate(_INVALID.split(raw.decode("utf-8", "surrogateescape"))):
             if number % 2:
                 ids += [self._byte_ids[ord(character) - 0xDC00] for character in part]
             elif part:
                 ids += self.encode(part)
+        if self.decode_bytes(ids) != raw:
+            raise UserError(
+                "the tokenizer changes this text before it encodes it, so the same bytes would not come back",
+                "use a model whose tokenizer does not normalise",
+            )
         return ids
 
     def decode_bytes(self, ids: list[int]) -> bytes:

@@ -6,8 +6,8 @@ is therefore the whole description of it, the model included. This holds only as
 the same bits; the header's probe says at once when they don't.
 
 The file's vocabulary is sent with it. Its tokens run in N streams (`evaluate.windows`); whenever half a
-window of new tokens is known, the model is updated by that window and by random earlier ones, and the context
-is read again with the new weights.
+window of new tokens is known, the model is updated by that window and, unless the file is long, by random
+earlier ones, and the context is read again with the new weights.
 """
 
 import hashlib
@@ -110,7 +110,7 @@ def n_streams(n_tokens: int) -> int:
 
 
 def replays(n_tokens: int) -> int:
-    """Windows learnt again for each new one: a short file has time for more."""
+    """Windows learnt again for each new one: a short file has time for more, a long one for none."""
     return min(4, 2_000_000 // max(n_tokens, 1))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from danlu.core.errors import UserError
@@ -67,6 +68,14 @@ def test_special_tokens_spelt_out_are_ordinary_text(tokenizer: Tokenizer) -> Non
 def test_any_bytes_go_there_and_back(raw: bytes) -> None:
     tokenizer = any_bytes_tokenizer()
     assert tokenizer.decode_bytes(tokenizer.encode_bytes(raw)) == raw
+
+
+def test_a_tokenizer_that_normalises_gives_no_other_bytes() -> None:
+    tokenizer = train_bpe(["The furnace is hot.\n"] * 20, 280)
+    tokenizer.backend.normalizer = normalizers.NFC()
+    assert tokenizer.decode_bytes(tokenizer.encode_bytes("café".encode())) == "café".encode()
+    with pytest.raises(UserError, match="changes this text"):
+        tokenizer.encode_bytes("cafe\u0301".encode())
 
 
 def any_bytes_tokenizer(cache: list[Tokenizer] = []) -> Tokenizer:  # noqa: B006 made once

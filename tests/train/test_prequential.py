@@ -42,6 +42,15 @@ def test_the_same_bytes_come_back(name: str) -> None:
     assert len(packed) <= len(raw) + 200, "what can't be learnt is stored"
 
 
+def test_a_long_file_is_learnt_without_replay(monkeypatch: pytest.MonkeyPatch, packed: bytes) -> None:
+    assert prequential.replays(2_000_000) == 1
+    assert prequential.replays(2_000_001) == 0
+    monkeypatch.setattr(prequential, "replays", lambda n_tokens: 0)
+    once = compress_bytes(CASES["text"])
+    assert decompress_bytes(once, "x") == CASES["text"]
+    assert once != packed
+
+
 def test_it_is_the_same_file_each_time_and_leaves_no_trace(packed: bytes) -> None:
     torch.manual_seed(99)
     state = torch.random.get_rng_state()
