@@ -58,18 +58,24 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+_WITH_TRANSFORMERS = (
+    "```python\nfrom transformers import AutoModelForCausalLM\n"
+    "model = AutoModelForCausalLM.from_pretrained('path/of/this/folder')\n```\n\n"
+)
+
+
 def model_card(config: ModelConfig) -> str:
     """README.md of a model folder: what it is and how it is used."""
+    own = families.family_of(config).model_type == families.OWN
     return (
-        "---\nlibrary_name: transformers\ntags: [danlu]\n---\n"
+        f"---\nlibrary_name: {'danlu' if own else 'transformers'}\ntags: [danlu]\n---\n"
         f"# A language model of {parameters(config) / 1e6:.1f} million parameters\n\n"
         f"Trained with danlu. {config.n_layers} layers of width {config.width}, {config.n_heads} heads "
         f"({config.n_kv_heads} for keys and values), vocabulary {config.vocab_size}, "
         f"{config.max_positions} positions.\n\n"
         "```python\nimport danlu\nmodel, tokenizer = danlu.load('path/of/this/folder')\n```\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained('path/of/this/folder')\n```\n\n"
-        "What it was trained on, and how, is in `lineage.json` and `config.yaml` of its run folder.\n"
+        + ("No family of transformers has these settings together.\n\n" if own else _WITH_TRANSFORMERS)
+        + "What it was trained on, and how, is in `lineage.json` and `config.yaml` of its run folder.\n"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from danlu.core.config import Config
+from danlu.model.sizes import fields_of
 
 
 class RopeScaling(Config):
@@ -26,6 +27,9 @@ class RopeScaling(Config):
         0.0, ge=0, description="yarn: factor of the rotated vectors; 0 = 0.1 ln(factor) + 1"
     )
     truncate: bool = Field(True, description="yarn: whole frequencies only")
+
+
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "silu"]
 
 
 class ModelConfig(Config):
@@ -63,13 +67,14 @@ class ModelConfig(Config):
     qkv_bias: bool = Field(False, description="biases of the query, key and value matrices")
     out_bias: bool = Field(False, description="bias of the attention's output matrix")
 
-    ffn: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "silu"] = Field(
+    ffn: Activation = Field(
         "swiglu", description="activation of the feed-forward; …glu: gated by a second matrix"
     )
     ffn_bias: bool = Field(False, description="biases of the feed-forward's matrices")
     n_experts: int = Field(0, ge=0, description="experts of a mixture-of-experts layer; 0 = dense")
     n_active: int = Field(2, ge=1, description="experts that a token goes through")
     expert_width: int = Field(0, ge=0, description="inner width of an expert; 0 = ffn_width")
+    expert_ffn: Activation | None = Field(None, description="activation of the experts; default: as in ffn")
     normalised_experts: bool = Field(True, description="the weights of a token's experts sum to one")
     moe_layers: tuple[bool, ...] = Field((True,), description="which layers have experts, in a cycle")
 
@@ -92,6 +97,16 @@ class ModelConfig(Config):
     family: str = Field(
         "llama", description="Hugging Face family that it is saved as, where that can express it"
     )
+    size: str | None = Field(
+        None, exclude=True, description="a published model's sizes, over which the others are laid: danlu sizes"
+    )
+
+    @model_validator(mode="after")
+    def _spell_out_size(self) -> Self:
+        if self.size is not None:
+            self.__dict__ |= {k: v for k, v in fields_of(self.size).items() if k not in self.model_fields_set}
+            self.__dict__["size"] = None
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -121,6 +136,8 @@ class ModelConfig(Config):
         for name, whole in (("embedding_width", self.width), ("expert_width", self.ffn_width)):
             if getattr(self, name) == whole:
                 self.__dict__[name] = 0
+        if self.expert_ffn == self.ffn:
+            self.__dict__["expert_ffn"] = None
         return self
 
     def window_of(self, layer: int) -> int:
@@ -139,13 +156,14 @@ class ModelConfig(Config):
         return self.n_experts > 0 and self.moe_layers[layer % len(self.moe_layers)]
 
     @property
-    def gated(self) -> bool:
-        return self.ffn in ("swiglu", "geglu", "geglu_tanh")
-
-    @property
     def score_scale(self) -> float:
         """Factor of q · k."""
         return self.attention_scale or self.head_width**-0.5
+
+
+def is_gated(ffn: Activation) -> bool:
+    """Whether a second matrix multiplies what the activation gives."""
+    return "glu" in ffn
 
 
 def _shortest_cycle(flags: Sequence[bool], n_layers: int) -> tuple[bool, ...]:

@@ -1,6 +1,6 @@
 """How large and how costly a model is. Imports no torch."""
 
-from danlu.model.config import ModelConfig
+from danlu.model.config import Activation, ModelConfig, is_gated
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -25,9 +25,8 @@ def active_parameters(config: ModelConfig) -> int:
         _ffn_parameters(config, layer, config.n_experts) - _ffn_parameters(config, layer, config.n_active)
         for layer in range(config.n_layers)
     )
-    biases = _ffn_biases(config, config.expert_width or config.ffn_width)
     experts = sum(config.has_experts(layer) for layer in range(config.n_layers))
-    return parameters(config) - idle - experts * (config.n_experts - config.n_active) * biases
+    return parameters(config) - idle - experts * (config.n_experts - config.n_active) * _expert_biases(config)
 
 
 def embedding_parameters(config: ModelConfig) -> int:
@@ -44,11 +43,15 @@ def _attention_parameters(config: ModelConfig) -> int:
 
 def _ffn_parameters(config: ModelConfig, layer: int, n_experts: int) -> int:
     """Matrices of a layer's feed-forward, of so many experts where it has experts."""
-    matrices = 3 if config.gated else 2
     if not config.has_experts(layer):
-        return matrices * config.width * config.ffn_width
-    width = config.expert_width or config.ffn_width
-    return config.width * config.n_experts + n_experts * matrices * config.width * width
+        return _matrices(config.ffn) * config.width * config.ffn_width
+    expert = _matrices(config.expert_ffn or config.ffn) * config.width
+    expert *= config.expert_width or config.ffn_width
+    return config.width * config.n_experts + n_experts * expert
+
+
+def _matrices(ffn: Activation) -> int:
+    return 3 if is_gated(ffn) else 2
 
 
 def _head_parameters(config: ModelConfig) -> int:
@@ -56,8 +59,15 @@ def _head_parameters(config: ModelConfig) -> int:
     return config.vocab_size * (narrow or config.width) + 2 * narrow * config.width
 
 
-def _ffn_biases(config: ModelConfig, width: int) -> int:
-    return config.ffn_bias * ((2 if config.gated else 1) * width + config.width)
+def _ffn_biases(config: ModelConfig) -> int:
+    return config.ffn_bias * ((_matrices(config.ffn) - 1) * config.ffn_width + config.width)
+
+
+def _expert_biases(config: ModelConfig) -> int:
+    """Those of one expert."""
+    matrices = _matrices(config.expert_ffn or config.ffn)
+    inner = (matrices - 1) * (config.expert_width or config.ffn_width)
+    return config.ffn_bias * (inner + config.width)
 
 
 def _vectors(config: ModelConfig) -> int:
@@ -71,9 +81,9 @@ def _vectors(config: ModelConfig) -> int:
     total += config.n_layers * (config.qkv_bias * heads * config.head_width + config.out_bias * config.width)
     for layer in range(config.n_layers):
         if config.has_experts(layer):
-            total += config.n_experts * _ffn_biases(config, config.expert_width or config.ffn_width)
+            total += config.n_experts * _expert_biases(config)
         else:
-            total += _ffn_biases(config, config.ffn_width)
+            total += _ffn_biases(config)
     return total + config.head_bias * config.vocab_size
 
 
