@@ -67,21 +67,10 @@ def test_active_parameters_are_those_that_a_token_touches() -> None:
 
 @pytest.mark.parametrize("targets", [("attention.*", "ffn.*"), ("attention.[qv]", "ffn.*down")])
 @pytest.mark.parametrize("experts", [True, False])
-def test_trained_numbers_and_flops_of_an_adapter(targets: tuple[str, ...], experts: bool) -> None:
-    """torch's count of a whole step: what is frozen has no gradient of its own."""
+def test_trained_numbers_of_an_adapter(targets: tuple[str, ...], experts: bool) -> None:
     more = {"n_experts": 4, "n_active": 2, "expert_width": 48, "moe_layers": (True, False)} if experts else {}
     sizes = ModelConfig(**{**SIZES.model_dump(exclude={"head_width"}), **more})
     lora = LoraConfig(rank=4, targets=targets, dora=True)
     model = Transformer(sizes)
     trained = add_adapter(model, lora)
     assert count.adapter_parameters(sizes, lora) == sum(p.numel() for p in trained)
-    if experts:
-        return
-    plain = LoraConfig(rank=4, targets=targets)
-    model = Transformer(sizes)
-    add_adapter(model, plain)
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 1024, dtype=torch.int64)).sum().backward()
-    want = count.flops_per_token(sizes, 1024, lora=plain)
-    assert counter.get_total_flops() / 1024 == pytest.approx(want, rel=0.1)
-    assert want < 0.8 * count.flops_per_token(sizes, 1024)
