@@ -181,6 +181,16 @@ VERBS = [
         examples=("chat runs/quickstart",),
     ),
     Verb(
+        "merge",
+        "danlu.model.merge:merge_adapter",
+        "danlu.model.config:MergeConfig",
+        "Writes an adapter into its base: one folder that other tools load, checked by its logits.",
+        positional=("adapter",),
+        show="danlu.core.show:show_result",
+        group=_USE,
+        examples=("merge runs/my/lora -o runs/my/merged",),
+    ),
+    Verb(
         "compress",
         "danlu.train.compress:compress",
         "danlu.evaluate.config:CompressConfig",

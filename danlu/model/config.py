@@ -1,9 +1,12 @@
-"""Sizes of a model and what its blocks are made of. Imports no torch.
+"""Sizes of a model and what its blocks are made of; adapters; the merge. Imports no torch.
 
 What a model does hangs on these fields alone; `families.py` says which published families set them how.
 """
 
+import fnmatch
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -173,3 +176,41 @@ def _shortest_cycle(flags: Sequence[bool], n_layers: int) -> tuple[bool, ...]:
         if all(whole[i] == whole[i % length] for i in range(len(whole))):
             return tuple(whole[:length])
     return tuple(whole)
+
+
+class LoraConfig(Config):
+    """An adapter's size and place, and how the frozen base below it is kept."""
+
+    rank: int = Field(16, ge=1, description="r: rows of A and columns of B")
+    alpha: float = Field(32.0, gt=0, description="α: the adapter's output is multiplied by α / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input, in training")
+    targets: tuple[str, ...] = Field(
+        ("attention.*", "ffn.*"), description="patterns of the matrices in a layer that are adapted"
+    )
+    rslora: bool = Field(False, description="multiply by α / √r instead (rsLoRA)")
+    dora: bool = Field(False, description="learn the length of each row apart (DoRA)")
+    quantise: Literal["none", "int8", "nf4"] = Field(
+        "none", description="how the frozen matrices of the layers are kept: nf4 takes 4.13 bits a weight "
+        "(QLoRA), int8 a little over 8"
+    )  # fmt: skip
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def adapts(self, name: str) -> bool:
+        """Whether the matrix of this name within a layer, such as attention.q, has an adapter."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.targets)
+
+
+class MergeConfig(Config):
+    """`danlu merge`: an adapter written into the matrices of its base."""
+
+    adapter: Path = Field(description="adapter folder, or the run that trained it")
+    out: Path = Field(description="folder that the merged model is written to")
+    text: Path | None = Field(
+        None, description="text on which the logits are compared; none = a few lines that danlu has"
+    )
+    tolerance: float = Field(
+        1e-4, gt=0, description="largest difference of a logit that is let pass, of the largest logit"
+    )

@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from danlu.model import count
 from danlu.model.cache import KVCache
-from danlu.model.config import ModelConfig
+from danlu.model.config import LoraConfig, ModelConfig
+from danlu.model.lora import add_adapter
 from danlu.model.transformer import Transformer
 
 SIZES = ModelConfig(vocab_size=300, width=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_width=96)
@@ -62,3 +63,14 @@ def test_active_parameters_are_those_that_a_token_touches() -> None:
     idle = sum(p.numel() for expert in experts for p in expert.parameters())
     assert count.parameters(sizes) == sum(p.numel() for p in model.parameters())
     assert count.active_parameters(sizes) == count.parameters(sizes) - idle
+
+
+@pytest.mark.parametrize("targets", [("attention.*", "ffn.*"), ("attention.[qv]", "ffn.*down")])
+@pytest.mark.parametrize("experts", [True, False])
+def test_trained_numbers_of_an_adapter(targets: tuple[str, ...], experts: bool) -> None:
+    more = {"n_experts": 4, "n_active": 2, "expert_width": 48, "moe_layers": (True, False)} if experts else {}
+    sizes = ModelConfig(**{**SIZES.model_dump(exclude={"head_width"}), **more})
+    lora = LoraConfig(rank=4, targets=targets, dora=True)
+    model = Transformer(sizes)
+    trained = add_adapter(model, lora)
+    assert count.adapter_parameters(sizes, lora) == sum(p.numel() for p in trained)
