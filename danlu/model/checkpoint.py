@@ -11,12 +11,13 @@ import torch
 from danlu.core.artefacts import artefacts, digest
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_folder, read_json
-from danlu.model import families, weights
+from danlu.model import families, meta, weights
 from danlu.model.adapters import ADAPTER, load_adapter, write_adapter
 from danlu.model.aliases import ALIASES, alias_of, packaged
 from danlu.model.config import ModelConfig
 from danlu.model.count import parameters
 from danlu.model.gguf import GgufFile, load_gguf, read_config
+from danlu.model.meta import META, MetaFiles
 from danlu.model.quantised import quantise
 from danlu.model.transformer import Transformer
 from danlu.tokens.tokenizer import Tokenizer
@@ -86,35 +87,48 @@ def model_card(config: ModelConfig) -> str:
 def load_model(
     folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """Loads a Hugging Face folder of a family that danlu knows (`families.py`).
+    """Loads a Hugging Face folder of a family that danlu knows (`families.py`), or one of Meta's.
 
     dtype None keeps the saved one. Raises UserError naming a setting that danlu does not implement, or a
     tensor that is missing, unknown or of another shape.
     """
     folder = Path(folder)
-    hf = read_json(folder / "config.json")
-    family = families.find(hf, str(folder / "config.json"))
-    config = families.from_hf(hf, str(folder / "config.json"))
     with torch.device("meta"):
-        model = Transformer(config)
-    with weights.TensorFiles(folder) as files:
-        state = weights.to_ours(family, config, model.state_dict(), files)
+        model = Transformer(folder_sizes(folder))
+    if is_meta(folder):
+        state = weights.to_ours(META, model.config, model.state_dict(), MetaFiles(folder))
+    else:
+        family = families.find(read_json(folder / "config.json"), str(folder / "config.json"))
+        with weights.TensorFiles(folder) as files:
+            state = weights.to_ours(family, model.config, model.state_dict(), files)
     saved = next(iter(state.values())).dtype
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype or saved).eval()
 
 
+def folder_sizes(folder: Path) -> ModelConfig:
+    """The sizes of the model in a folder of Hugging Face's or Meta's."""
+    if is_meta(folder):
+        return meta.read_config(MetaFiles(folder))
+    return families.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def is_meta(folder: Path) -> bool:
+    """Whether it is a folder as Meta gives LLaMA out."""
+    return (folder / meta.PARAMS).is_file() and not (folder / "config.json").is_file()
+
+
 def resolve(ref: str | Path) -> Path:
     """The Hugging Face folder or GGUF file that a model reference means.
 
-    A Hugging Face folder; a folder of PEFT's with an adapter; a stage folder with `model/` or `adapter/` in
+    A Hugging Face folder, or one of Meta's; a folder of PEFT's with an adapter; a stage folder with `model/` or `adapter/` in
     it; a run folder, whose last finished model is meant; a `.gguf` file; an alias. Raises UserError when
     there is none.
     """
     path = Path(ref)
     if str(ref) in ALIASES and not path.exists():
         return packaged(str(ref))
-    if path.suffix == ".gguf" or (path / "config.json").is_file() or is_adapter(path):
+    if path.suffix == ".gguf" or (path / "config.json").is_file() or is_adapter(path) or is_meta(path):
         return path
     if made := _made_by(path):
         return made
@@ -157,7 +171,7 @@ def sizes_of(ref: str | Path) -> ModelConfig:
         path = find_base(path)[0]
     if path.suffix == ".gguf":
         return read_config(GgufFile(path))[1]
-    return families.from_hf(read_json(path / "config.json"), str(path / "config.json"))
+    return folder_sizes(path)
 
 
 BASE = "danlu_base.json"

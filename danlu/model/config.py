@@ -203,6 +203,23 @@ class LoraConfig(Config):
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.targets)
 
 
+class ConvertConfig(Config):
+    """`danlu convert`."""
+
+    source: str = Field(description="model: a folder of Hugging Face's or Meta's, a .gguf file, a run, an alias")
+    out: Path = Field(description="folder to write, or a file that ends in .gguf")
+    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] | None = Field(
+        None, description="of the weights; q8_0: 8 bits, in GGUF only; default: as they are"
+    )
+
+
+class SizesConfig(Config):
+    """`danlu sizes`."""
+
+    model: str | None = Field(None, description="a named size, or a model; none = all named sizes")
+    length: int | None = Field(None, ge=1, description="tokens of a sequence; default: the most it can read")
+
+
 class MergeConfig(Config):
     """`danlu merge`: an adapter written into the matrices of its base."""
 

@@ -74,3 +74,49 @@ def test_trained_numbers_of_an_adapter(targets: tuple[str, ...], experts: bool) 
     model = Transformer(sizes)
     trained = add_adapter(model, lora)
     assert count.adapter_parameters(sizes, lora) == sum(p.numel() for p in trained)
+
+
+UNITS = {"M": 1e6, "B": 1e9, "T": 1e12}
+ODD = {
+    "opt-350m": 0.06,  # the paper rounds; the released model has 331 million
+    "glam-0.1b": 0.061,
+    "glam-0.1b-64e": 0.051,
+    "glam-1.7b-32e": 0.31,
+    "glam": 0.04,  # printed with one digit after the point
+}
+"""How far the papers' own figures are from the sizes in their tables, where that is more than 2 %."""
+
+
+def stated(figure: str) -> float:
+    return float(figure[:-1]) * UNITS[figure[-1]]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_named_sizes_have_the_papers_parameters(name: str) -> None:
+    size, sizes = SIZES[name], ModelConfig(**fields_of(name))
+    within = ODD.get(name, 0.02)
+    assert count.parameters(sizes) + size.without == pytest.approx(stated(size.stated), rel=within)
+    assert name not in ODD or name == "opt-350m" or name == "glam" or size.note
+    if size.stated_active:
+        want = stated(size.stated_active)
+        assert count.active_parameters(sizes) == pytest.approx(want, rel=within if "0.1b" in name else 0.002)
+
+
+def test_named_sizes_count_what_torch_counts() -> None:
+    """Also the released models' exact counts, as their makers print them."""
+    exact = {"gpt2": 124_439_808, "bloomberggpt": 50_558_868_480, "llama-7b": 6_738_415_616}
+    for name in ("gpt", "gpt2", "gpt3-xl", "opt-350m", "llama-7b", "chinchilla", "glam-0.1b-64e", "bloomberggpt"):
+        sizes = ModelConfig(size=name)
+        with torch.device("meta"):
+            model = Transformer(sizes)
+        assert sum(p.numel() for p in model.parameters()) == count.parameters(sizes)
+        assert name not in exact or exact[name] == count.parameters(sizes)
+
+
+def test_a_size_is_where_other_fields_are_laid_over() -> None:
+    small = ModelConfig(size="gpt2", n_layers=2, vocab_size=100)
+    assert (small.width, small.n_layers, small.vocab_size, small.positions) == (768, 2, 100, "learned")
+    assert small == ModelConfig(**{**fields_of("gpt2"), "n_layers": 2, "vocab_size": 100})
+    assert "size" not in small.model_dump()
+    with pytest.raises(ValueError, match='no size is called "gpt5"'):
+        ModelConfig(size="gpt5")
