@@ -121,9 +121,9 @@ def is_meta(folder: Path) -> bool:
 def resolve(ref: str | Path) -> Path:
     """The Hugging Face folder or GGUF file that a model reference means.
 
-    A Hugging Face folder, or one of Meta's; a folder of PEFT's with an adapter; a stage folder with `model/` or `adapter/` in
-    it; a run folder, whose last finished model is meant; a `.gguf` file; an alias. Raises UserError when
-    there is none.
+    A Hugging Face folder, or one of Meta's; a folder of PEFT's with an adapter; a stage folder with `model/`
+    or `adapter/` in it; a run folder, whose last finished model is meant; a `.gguf` file; an alias. Raises
+    UserError when there is none.
     """
     path = Path(ref)
     if str(ref) in ALIASES and not path.exists():

@@ -18,18 +18,24 @@ from danlu.model.sizes import fields_of
 class RopeScaling(Config):
     """How rotary angles are stretched to contexts beyond those that a model was trained on."""
 
-    kind: Literal["linear", "dynamic", "yarn", "llama3"] = Field(
+    kind: Literal["linear", "dynamic", "yarn", "llama3", "longrope"] = Field(
         description="linear: positions / factor; dynamic: NTK-aware base that grows with the length; "
-        "yarn: by parts, from interpolation to extrapolation; llama3: low frequencies only"
+        "yarn: by parts, from interpolation to extrapolation; llama3: low frequencies only; longrope: each "
+        "frequency by a number of its own"
     )
     factor: float = Field(ge=1, description="how many times longer the context becomes")
     original: int = Field(0, ge=0, description="positions that the model was trained on")
     low: float = Field(1.0, gt=0, description="yarn: beta_slow; llama3: low_freq_factor")
     high: float = Field(32.0, gt=0, description="yarn: beta_fast; llama3: high_freq_factor")
     attention: float = Field(
-        0.0, ge=0, description="yarn: factor of the rotated vectors; 0 = 0.1 ln(factor) + 1"
+        0.0,
+        ge=0,
+        description="factor of the rotated vectors; 0 = yarn: 0.1 ln(factor) + 1, longrope: "
+        "√(1 + ln(factor) / ln(original))",
     )
     truncate: bool = Field(True, description="yarn: whole frequencies only")
+    short: tuple[float, ...] = Field((), description="longrope: divisors within the original context")
+    long: tuple[float, ...] = Field((), description="longrope: divisors beyond it")
 
 
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "silu"]
@@ -101,7 +107,9 @@ class ModelConfig(Config):
         "llama", description="Hugging Face family that it is saved as, where that can express it"
     )
     size: str | None = Field(
-        None, exclude=True, description="a published model's sizes, over which the others are laid: danlu sizes"
+        None,
+        exclude=True,
+        description="a published model's sizes, over which the others are laid: danlu sizes",
     )
 
     @model_validator(mode="after")
@@ -119,6 +127,11 @@ class ModelConfig(Config):
             self.__dict__["head_width"] = self.width // self.n_heads
         if self.positions == "rope" and (self.rope_width or self.head_width) % 2:
             raise ValueError(f"the rotated width {self.rope_width or self.head_width} of a head is odd")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
+            half = (self.rope_width or self.head_width) // 2
+            for name in ("short", "long"):
+                if len(getattr(self.rope_scaling, name)) != half:
+                    raise ValueError(f"rope_scaling.{name} needs {half} numbers, one for each frequency")
         if self.rope_width > self.head_width:
             raise ValueError(f"rope_width {self.rope_width} is beyond head_width {self.head_width}")
         if self.n_heads % self.n_kv_heads:
@@ -206,7 +219,9 @@ class LoraConfig(Config):
 class ConvertConfig(Config):
     """`danlu convert`."""
 
-    source: str = Field(description="model: a folder of Hugging Face's or Meta's, a .gguf file, a run, an alias")
+    source: str = Field(
+        description="model: a folder of Hugging Face's or Meta's, a .gguf file, a run, an alias"
+    )
     out: Path = Field(description="folder to write, or a file that ends in .gguf")
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] | None = Field(
         None, description="of the weights; q8_0: 8 bits, in GGUF only; default: as they are"

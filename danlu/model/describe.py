@@ -91,7 +91,16 @@ def show(made: list[Described]) -> None:
         )
         for one in made
     ]
-    columns = ("size", "parameters", "active", "in the paper", "FLOPs a token", "in bf16", "cache", "to train")
+    columns = (
+        "size",
+        "parameters",
+        "active",
+        "in the paper",
+        "FLOPs a token",
+        "in bf16",
+        "cache",
+        "to train",
+    )
     console().print(table("", columns, rows))
 
 

@@ -451,7 +451,7 @@ FAMILIES = (
         (
             *_sizes(positions=4096),
             _rms(1e-5),
-            Rope(partial=1.0, kinds=()),
+            Rope(partial=1.0, kinds=("longrope",)),
             _SILU,
             Windows(),
         ),

@@ -35,7 +35,7 @@ def _rounded(value: float) -> float:
 
 
 class _Scaling:
-    """Stretched rotary angles. LLaMA 3's are no keys but a tensor of divisors, which stands here as a list."""
+    """Stretched rotary angles. LLaMA 3's are no keys but a tensor of divisors, here as a list."""
 
     def read(self, hf: HF) -> dict[str, Any]:
         kind, factor = hf.get("rope.scaling.type", "none"), hf.get("rope.scaling.factor")

@@ -52,7 +52,9 @@ class MetaFiles:
         self._parts: list[dict[str, Tensor]] = [open_pickled(file) for file in files]
         for file, part in zip(files, self._parts, strict=True):
             if part.keys() != self._parts[0].keys():
-                raise UserError(f"{file}: holds other tensors than {files[0].name}", "they don't belong together")
+                raise UserError(
+                    f"{file}: holds other tensors than {files[0].name}", "they don't belong together"
+                )
 
     @property
     def names(self) -> set[str]:
@@ -94,7 +96,7 @@ def read_config(files: MetaFiles) -> ModelConfig:
 
 
 def ffn_width(width: int, multiple_of: int, factor: float | None) -> int:
-    """Two thirds of four widths, times a factor, rounded up to a multiple (Touvron et al. 2023, section 2.2)."""
+    """Two thirds of four widths (Touvron et al. 2023, section 2.2), times a factor, up to a multiple."""
     inner = 2 * 4 * width // 3
     if factor is not None:
         inner = int(factor * inner)

@@ -56,7 +56,13 @@ def _deepmind(stated: str, n_layers: int, width: int, n_heads: int, head_width: 
 
 
 def _glam(
-    stated: str, n_layers: int, width: int, n_heads: int, ffn: int, experts: int = 0, active: str = "",
+    stated: str,
+    n_layers: int,
+    width: int,
+    n_heads: int,
+    ffn: int,
+    experts: int = 0,
+    active: str = "",
     **more: Any,
 ) -> Size:
     """Every other layer has experts, which are not gated; positions have a bias in each layer, here RoPE."""
@@ -107,8 +113,8 @@ SERIES = (
         "Zhang et al. 2022: OPT: open pre-trained transformer language models, table 1",
         {
             **_BIASED,
-            **{"positions": "learned", "position_offset": 2, "ffn": "relu", "family": "opt"},
-            **{"vocab_size": 50272, "max_positions": 2048},
+            "positions": "learned", "position_offset": 2, "ffn": "relu", "family": "opt",
+            "vocab_size": 50272, "max_positions": 2048,
         },
         {
             "opt-125m": Size(_mha(12, 768, 12), "125M"),
@@ -133,7 +139,8 @@ SERIES = (
         },
     ),
     Series(
-        "Rae et al. 2021: Scaling language models: methods, analysis and insights from training Gopher, table 1",
+        "Rae et al. 2021: Scaling language models: methods, analysis and insights from training Gopher"
+        ", table 1",
         {"vocab_size": 32000, "max_positions": 2048, "ffn": "gelu", "ffn_bias": True, "qkv_bias": True,
          "out_bias": True},
         {
@@ -173,8 +180,8 @@ SERIES = (
         "Wu et al. 2023: BloombergGPT: a large language model for finance, table 4",
         {
             **_BIASED,
-            **{"positions": "alibi", "ffn": "gelu_tanh", "embedding_norm": True, "family": "bloom"},
-            **{"vocab_size": 131072, "max_positions": 2048},
+            "positions": "alibi", "ffn": "gelu_tanh", "embedding_norm": True, "family": "bloom",
+            "vocab_size": 131072, "max_positions": 2048,
         },
         {"bloomberggpt": Size(_mha(70, 7680, 40), "50.6B")},
     ),

@@ -56,7 +56,9 @@ def test_we_load_the_folder_of_transformers(tmp_path: Path, tied: bool) -> None:
 
 
 def test_what_no_family_can_say_is_saved_for_danlu_alone(tmp_path: Path) -> None:
-    odd = sizes(n_experts=3, expert_ffn="gelu", ffn="geglu", qk_norm=True, norm_place="both", positions="alibi")
+    odd = sizes(
+        n_experts=3, expert_ffn="gelu", ffn="geglu", qk_norm=True, norm_place="both", positions="alibi"
+    )
     model = Transformer(odd)
     save_model(model, tmp_path / "m", StubTokenizer())
     assert json.loads((tmp_path / "m/config.json").read_text())["architectures"] == ["DanluForCausalLM"]

@@ -183,14 +183,40 @@ def test_what_is_written_is_read_to_the_bit(name: str, tokenizer: Tokenizer, tmp
     assert set(same.stop_ids) == set(tokenizer.stop_ids)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama 3.1", "mixtral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama, tied, wide heads", "qwen2", "qwen3"])
 @torch.no_grad()
 def test_transformers_reads_what_we_write(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    model = drawn(**WRITTEN[name])
+    """It knows no experts and no stretched angles in GGUF, and of Qwen3 no width of heads but 128."""
+    model = drawn(**WRITTEN[name], **({"head_width": 128} if name == "qwen3" else {}))
     save_gguf(model, tokenizer, tmp_path / "m.gguf", "float32")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     expected = theirs(IDS).logits
     assert (model(IDS) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@torch.no_grad()
+def test_llama_cpp_runs_what_we_write(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The log probabilities of all next tokens, with llama.cpp's attention and cache in float32."""
+    cpp = pytest.importorskip("xllamacpp")
+    model = drawn(**WRITTEN[name])
+    save_gguf(model, tokenizer, tmp_path / "m.gguf", "float32")
+    logits = model(IDS[:1])[0]
+    # It says nothing of a token that is no whole character, or ends the text.
+    plain = [n for n, best in enumerate(logits.argmax(-1).tolist()) if tokenizer.token_bytes[best].isascii()]
+    n = next(n for n in reversed(plain) if tokenizer.token_bytes[int(logits[n].argmax())])
+    params = cpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(tmp_path / "m.gguf"), 256, 1
+    params.cache_type_k = params.cache_type_v = cpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = 1
+    asked = {"prompt": IDS[0, : n + 1].tolist(), "n_predict": 1, "n_probs": 300, "temperature": 0.0}
+    answer = cpp.Server(params).handle_completions(asked)
+    theirs = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    assert len(theirs) == 300
+    ours = logits[n].log_softmax(-1)
+    for token in theirs:
+        assert token["logprob"] == pytest.approx(ours[token["id"]].item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "theirs"), [("float16", "F16"), ("bfloat16", "BF16"), ("q8_0", "Q8_0")])

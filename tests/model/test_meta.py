@@ -29,10 +29,14 @@ def tensors() -> dict[str, Tensor]:
     for i in range(2):
         layer = f"layers.{i}."
         shapes |= {f"{layer}attention.w{n}": (rows, 48) for n, rows in (("q", 48), ("k", kv), ("v", kv))}
-        shapes |= {f"{layer}attention.wo": (48, 48), f"{layer}attention_norm": (48,), f"{layer}ffn_norm": (48,)}
+        shapes |= {
+            f"{layer}attention.wo": (48, 48),
+            f"{layer}attention_norm": (48,),
+            f"{layer}ffn_norm": (48,),
+        }
         shapes |= {f"{layer}feed_forward.w{n}": (FFN, 48) for n in (1, 3)}
         shapes |= {f"{layer}feed_forward.w2": (48, FFN)}
-    return {f"{name}.weight": torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+    return {f"{name}.weight": torch.randn(shape) * 0.3 + (len(shape) == 1) for name, shape in shapes.items()}
 
 
 def reference(w: dict[str, Tensor], ids: Tensor) -> Tensor:
@@ -105,7 +109,9 @@ def test_logits_are_those_of_the_formulas(tmp_path: Path, parts: int, embedding_
         (2048, 256, 1.5, 8192),  # LLaMA 3.2 1B
     ],
 )
-def test_the_width_of_the_feed_forward(width: int, multiple_of: int, factor: float | None, expected: int) -> None:
+def test_the_width_of_the_feed_forward(
+    width: int, multiple_of: int, factor: float | None, expected: int
+) -> None:
     assert ffn_width(width, multiple_of, factor) == expected
 
 
@@ -113,7 +119,11 @@ def test_what_params_say(tmp_path: Path) -> None:
     write(tmp_path, use_scaled_rope=True, rope_scaling_factor=32.0, vocab_size=-1)
     sizes = sizes_of(tmp_path)
     assert sizes.rope_scaling is not None
-    assert (sizes.rope_scaling.kind, sizes.rope_scaling.factor, sizes.max_positions) == ("llama3", 32.0, 131072)
+    assert (sizes.rope_scaling.kind, sizes.rope_scaling.factor, sizes.max_positions) == (
+        "llama3",
+        32.0,
+        131072,
+    )
     assert sizes.vocab_size == 40
     write(tmp_path / "one", norm_eps=1e-6, rope_theta=10000.0)
     assert sizes_of(tmp_path / "one").max_positions == 2048
