@@ -94,19 +94,27 @@ class _Experts:
         return {"expert_count": config.n_experts, "expert_used_count": config.n_active, **own}
 
 
-_SIZES = (
+_SHARED = (
     Key("vocab_size", "vocab_size"),
     Key("width", "embedding_length"),
     Key("n_layers", "block_count"),
     Key("n_heads", "attention.head_count"),
     Key("n_kv_heads", "attention.head_count_kv", lambda metadata: metadata["attention.head_count"]),
-    Key("head_width", "attention.key_length", _head_width),
     Key("ffn_width", "feed_forward_length"),
     Key("max_positions", "context_length"),
+    Key("tied_embeddings", "tied"),
+)
+_SIZES = (
+    *_SHARED,
+    Key("head_width", "attention.key_length", _head_width),
     Key("norm_eps", "attention.layer_norm_rms_epsilon", 1e-5, _rounded),
     Key("rope_theta", "rope.freq_base", 10000.0, _rounded),
-    Key("tied_embeddings", "tied"),
     _Scaling(),
+)
+_GPT = (
+    *_SHARED,
+    Key("norm_eps", "attention.layer_norm_epsilon", 1e-5, _rounded),
+    Always(norm="layernorm", ffn="gelu_tanh", qkv_bias=True, out_bias=True, ffn_bias=True),
 )
 _OUTER = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
 _INNER = {
@@ -127,8 +135,19 @@ _EXPERTS = names(
     "together",
 )
 _NAMES = names({**_OUTER, **_INNER})
+_GPT_NAMES = names(
+    {
+        **_OUTER,
+        **{ours: theirs for ours, theirs in _INNER.items() if not ours.endswith("attention.v")},
+        "layers.{i}.attention.q layers.{i}.attention.k layers.{i}.attention.v": "blk.{i}.attn_qkv",
+        "position_embedding": "position_embd",
+        "embedding_norm": "token_embd_norm",
+    }
+)
 
 ARCHITECTURES = (
+    Family("gpt2", "gpt2", (*_GPT, Always(positions="learned")), _GPT_NAMES, ""),
+    Family("bloom", "bloom", (*_GPT, Always(positions="alibi", embedding_norm=True)), _GPT_NAMES, ""),
     # Rotated pairs are neighbours, as in Meta's files. Mixtral is of this architecture too.
     Family("llama", "llama", (*_SIZES, _Experts()), names(_QK, "interleaved") + _NAMES + _EXPERTS, ""),
     Family("qwen2", "qwen2", (*_SIZES, Always(qkv_bias=True)), _NAMES + names(_QK), ""),
@@ -236,9 +255,12 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: Kind =
     family, values = _express(model.config)
     arch = family.model_type
     keys = {f"{arch}.{key}": value for key, value in values.items() if key not in ("tied", _DIVISORS)}
+    if model.config.positions == "rope":
+        keys |= {
+            f"{arch}.rope.dimension_count": model.config.head_width,
+            f"{arch}.attention.value_length": model.config.head_width,
+        }
     keys |= {
-        f"{arch}.rope.dimension_count": model.config.head_width,
-        f"{arch}.attention.value_length": model.config.head_width,
         "general.name": path.stem,
         "general.file_type": int(gguf.LlamaFileType[_KINDS[kind][1]]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
@@ -281,8 +303,8 @@ def _express(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
 
 
 def _tensor_kind(name: str, tensor: Tensor, kind: Kind) -> str:
-    """Vectors and routers are float32; a matrix whose rows are no whole blocks of 32 isn't quantised."""
-    if tensor.ndim < 2 or name.endswith("ffn_gate_inp.weight"):
+    """Vectors, routers and positions are float32; a matrix whose rows are no whole blocks of 32 isn't quantised."""
+    if tensor.ndim < 2 or name.endswith(("ffn_gate_inp.weight", "position_embd.weight")):
         return "F32"
     return "F16" if kind == "q8_0" and tensor.shape[-1] % 32 else _KINDS[kind][0]
 

@@ -141,6 +141,10 @@ SIZES = {
     "max_positions": 256, "tied_embeddings": False,
 }  # fmt: skip
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original": 8192, "low": 1.0, "high": 4.0}
+GPT = {
+    "norm": "layernorm", "ffn": "gelu_tanh", "qkv_bias": True, "out_bias": True, "ffn_bias": True,
+    "n_kv_heads": 4,
+}  # fmt: skip
 WRITTEN: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama, tied, wide heads": {"tied_embeddings": True, "head_width": 32},
@@ -148,6 +152,8 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "llama, linear": {"rope_scaling": {"kind": "linear", "factor": 4.0}},
     "llama, yarn": {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 64}},
     "mixtral": {"n_experts": 4, "n_active": 2},
+    "gpt2": {**GPT, "positions": "learned"},
+    "bloom": {**GPT, "positions": "alibi", "embedding_norm": True, "tied_embeddings": True},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
     "qwen3moe": {"qk_norm": True, "n_experts": 4, "n_active": 2, "expert_width": 32},
@@ -256,7 +262,7 @@ def test_every_kind_is_unpacked(kind: str, tmp_path: Path) -> None:
 
 def test_what_gguf_cannot_say_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no architecture with these settings"):
-        save_gguf(drawn(positions="alibi"), tokenizer, tmp_path / "m.gguf")
+        save_gguf(drawn(positions="none"), tokenizer, tmp_path / "m.gguf")
     with pytest.raises(UserError, match="no architecture with these settings"):
         save_gguf(drawn(rope_scaling={**LLAMA3, "low": 2.0}), tokenizer, tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
