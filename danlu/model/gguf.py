@@ -303,7 +303,7 @@ def _express(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
 
 
 def _tensor_kind(name: str, tensor: Tensor, kind: Kind) -> str:
-    """Vectors, routers and positions are float32; a matrix whose rows are no whole blocks of 32 isn't quantised."""
+    """Vectors, routers, positions are float32; a matrix whose rows are no whole blocks isn't quantised."""
     if tensor.ndim < 2 or name.endswith(("ffn_gate_inp.weight", "position_embd.weight")):
         return "F32"
     return "F16" if kind == "q8_0" and tensor.shape[-1] % 32 else _KINDS[kind][0]
