@@ -172,6 +172,8 @@ class Rope:
             out[self.partial_key] = partial["partial_rotary_factor"]
         if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
             out["max_position_embeddings"] = config.rope_scaling.original
+        if config.rope_scaling is not None and config.rope_scaling.kind == "longrope":
+            out["original_max_position_embeddings"] = config.rope_scaling.original
         if self.nested:
             local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
             out["rope_local_base_freq"] = config.local_rope_theta

@@ -221,8 +221,10 @@ def test_llama_cpp_runs_what_we_write(name: str, tokenizer: Tokenizer, tmp_path:
     theirs = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     assert len(theirs) == 300
     ours = logits[n].log_softmax(-1)
+    # llama.cpp looks GELU up in a table of float16.
+    within = 2e-3 if model.config.ffn == "gelu_tanh" else 1e-4
     for token in theirs:
-        assert token["logprob"] == pytest.approx(ours[token["id"]].item(), abs=1e-4)
+        assert token["logprob"] == pytest.approx(ours[token["id"]].item(), abs=within)
 
 
 @pytest.mark.parametrize(("kind", "theirs"), [("float16", "F16"), ("bfloat16", "BF16"), ("q8_0", "Q8_0")])
