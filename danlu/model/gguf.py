@@ -38,10 +38,10 @@ class _Scaling:
     """Stretched rotary angles. LLaMA 3's are no keys but a tensor of divisors, here as a list."""
 
     def read(self, hf: HF) -> dict[str, Any]:
-        kind, factor = hf.get("rope.scaling.type", "none"), hf.get("rope.scaling.factor")
+        kind, factor = hf.get("rope.scaling.type", "none"), hf.get("rope.scaling.factor", 1.0)
         if divisors := hf.get(_DIVISORS):
             return {"rope_scaling": _llama3(max(divisors))}
-        if kind == "none" or (kind == "linear" and factor in (None, 0, 1)):
+        if kind == "none" or (kind == "linear" and factor in (0, 1)):
             return {}
         if kind not in ("linear", "yarn"):
             raise UserError(f"rope.scaling.type is {kind!r}", "danlu knows none, linear and yarn")

@@ -110,7 +110,12 @@ def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
     input, and the sums over processes stand behind these. Embedding, norms and head stay whole everywhere.
     Raises UserError where heads or widths can't be cut evenly, for ALiBi, and for experts.
     """
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        ParallelStyle,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     config, parts = model.config, mesh.size()
     if config.n_experts or config.positions == "alibi":
@@ -121,15 +126,15 @@ def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
             raise UserError(
                 f"{name} {getattr(config, name)} can't be split over {parts} processes", "use fewer, or fsdp"
             )
-    ways = {"attention.out": RowwiseParallel(), "ffn.down": RowwiseParallel()}
+    ways: dict[str, ParallelStyle] = {"attention.out": RowwiseParallel(), "ffn.down": RowwiseParallel()}
     ways |= {f"attention.{name}": ColwiseParallel() for name in ("q", "k", "v")}
     ways |= {f"ffn.{name}": ColwiseParallel() for name in ("up", "gate")}
     for layer in model.layers:
         present = dict(layer.named_modules())
         parallelize_module(layer, mesh, {name: way for name, way in ways.items() if name in present})
         # Norms of single heads see the heads of their process only.
-        for norm in (layer.attention.q_norm, layer.attention.k_norm):
-            for parameter in () if norm is None else norm.parameters():
+        for name, parameter in layer.named_parameters():
+            if name.startswith(("attention.q_norm.", "attention.k_norm.")):
                 parameter.register_hook(_summed(mesh))
 
 
