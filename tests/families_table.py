@@ -25,6 +25,9 @@ LLAMA3 = rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64)
+LONG = rope(
+    "longrope", short_factor=[1 + i / 16 for i in range(8)], long_factor=[1.5 + i / 2 for i in range(8)]
+)
 LINEAR = rope("linear", factor=4.0)
 DYNAMIC = {**rope("dynamic", factor=4.0), "max_position_embeddings": 64}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
@@ -108,6 +111,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {**FULL, "pad_token_id": 0},
         {**GROUPED, "pad_token_id": 0, "sliding_window": 20, **TIED},
         {**GROUPED, "pad_token_id": 0, **rope("default", partial_rotary_factor=0.5)},
+        {**FULL, "pad_token_id": 0, **LONG, "original_max_position_embeddings": 512},
+        {**GROUPED, "pad_token_id": 0, **LONG, "original_max_position_embeddings": 64},
     ],
     "SmolLM3Config": [
         {**FULL, "pad_token_id": 0, "no_rope_layer_interval": 2},

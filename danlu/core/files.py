@@ -78,19 +78,26 @@ def make_folder(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path`; on success it takes that name, else it is removed."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; the file that is written there takes that name on success."""
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with os_errors(path):
         try:
-            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-                yield file
-                file.flush()
+            yield temporary
+            with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path`; on success it takes that name, else it is removed."""
+    encoding = None if "b" in mode else "utf-8"
+    with atomic_path(path) as temporary, open(temporary, mode, encoding=encoding) as file:
+        yield file
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from danlu.evaluate.chat_quality import chat_quality
 from danlu.evaluate.compressors import LABELS, compressor_bits
 from danlu.evaluate.config import EvalConfig
 from danlu.generate.engine import Engine
-from danlu.model.checkpoint import resolve
+from danlu.model.checkpoint import find_base, is_adapter, resolve
 from danlu.tokens.shards import Shards
 
 
@@ -70,9 +70,14 @@ def model_bytes(folder: Path) -> int:
     """What sending the model would cost: its weights in bf16 and its tokenizer, compressed by zstd -19."""
     if folder.is_file():  # GGUF: packed already
         return folder.stat().st_size
-    weights = {name: t.bfloat16() for name, t in load_file(folder / "model.safetensors").items()}
-    packed = save(weights) + (folder / "tokenizer.json").read_bytes()
-    return len(zstandard.ZstdCompressor(level=19).compress(packed))
+    if is_adapter(folder):
+        return model_bytes(find_base(folder)[0]) + _packed(load_file(folder / "adapter_model.safetensors"))
+    return _packed(load_file(folder / "model.safetensors"), (folder / "tokenizer.json").read_bytes())
+
+
+def _packed(tensors: Mapping[str, torch.Tensor], rest: bytes = b"") -> int:
+    raw = save({name: tensor.bfloat16() for name, tensor in tensors.items()}) + rest
+    return len(zstandard.ZstdCompressor(level=19).compress(raw))
 
 
 def held_out_conversations(data: Path) -> Iterator[Messages]:

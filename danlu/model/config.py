@@ -1,31 +1,44 @@
-"""Sizes of a model and what its blocks are made of. Imports no torch.
+"""Sizes of a model and what its blocks are made of; adapters; the merge. Imports no torch.
 
 What a model does hangs on these fields alone; `families.py` says which published families set them how.
 """
 
+import fnmatch
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from danlu.core.config import Config
+from danlu.model.sizes import fields_of
 
 
 class RopeScaling(Config):
     """How rotary angles are stretched to contexts beyond those that a model was trained on."""
 
-    kind: Literal["linear", "dynamic", "yarn", "llama3"] = Field(
+    kind: Literal["linear", "dynamic", "yarn", "llama3", "longrope"] = Field(
         description="linear: positions / factor; dynamic: NTK-aware base that grows with the length; "
-        "yarn: by parts, from interpolation to extrapolation; llama3: low frequencies only"
+        "yarn: by parts, from interpolation to extrapolation; llama3: low frequencies only; longrope: each "
+        "frequency by a number of its own"
     )
     factor: float = Field(ge=1, description="how many times longer the context becomes")
     original: int = Field(0, ge=0, description="positions that the model was trained on")
     low: float = Field(1.0, gt=0, description="yarn: beta_slow; llama3: low_freq_factor")
     high: float = Field(32.0, gt=0, description="yarn: beta_fast; llama3: high_freq_factor")
     attention: float = Field(
-        0.0, ge=0, description="yarn: factor of the rotated vectors; 0 = 0.1 ln(factor) + 1"
+        0.0,
+        ge=0,
+        description="factor of the rotated vectors; 0 = yarn: 0.1 ln(factor) + 1, longrope: "
+        "√(1 + ln(factor) / ln(original))",
     )
     truncate: bool = Field(True, description="yarn: whole frequencies only")
+    short: tuple[float, ...] = Field((), description="longrope: divisors within the original context")
+    long: tuple[float, ...] = Field((), description="longrope: divisors beyond it")
+
+
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "silu"]
 
 
 class ModelConfig(Config):
@@ -63,13 +76,14 @@ class ModelConfig(Config):
     qkv_bias: bool = Field(False, description="biases of the query, key and value matrices")
     out_bias: bool = Field(False, description="bias of the attention's output matrix")
 
-    ffn: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "silu"] = Field(
+    ffn: Activation = Field(
         "swiglu", description="activation of the feed-forward; …glu: gated by a second matrix"
     )
     ffn_bias: bool = Field(False, description="biases of the feed-forward's matrices")
     n_experts: int = Field(0, ge=0, description="experts of a mixture-of-experts layer; 0 = dense")
     n_active: int = Field(2, ge=1, description="experts that a token goes through")
     expert_width: int = Field(0, ge=0, description="inner width of an expert; 0 = ffn_width")
+    expert_ffn: Activation | None = Field(None, description="activation of the experts; default: as in ffn")
     normalised_experts: bool = Field(True, description="the weights of a token's experts sum to one")
     moe_layers: tuple[bool, ...] = Field((True,), description="which layers have experts, in a cycle")
 
@@ -92,6 +106,18 @@ class ModelConfig(Config):
     family: str = Field(
         "llama", description="Hugging Face family that it is saved as, where that can express it"
     )
+    size: str | None = Field(
+        None,
+        exclude=True,
+        description="a published model's sizes, over which the others are laid: danlu sizes",
+    )
+
+    @model_validator(mode="after")
+    def _spell_out_size(self) -> Self:
+        if self.size is not None:
+            self.__dict__ |= {k: v for k, v in fields_of(self.size).items() if k not in self.model_fields_set}
+            self.__dict__["size"] = None
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -101,6 +127,11 @@ class ModelConfig(Config):
             self.__dict__["head_width"] = self.width // self.n_heads
         if self.positions == "rope" and (self.rope_width or self.head_width) % 2:
             raise ValueError(f"the rotated width {self.rope_width or self.head_width} of a head is odd")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
+            half = (self.rope_width or self.head_width) // 2
+            for name in ("short", "long"):
+                if len(getattr(self.rope_scaling, name)) != half:
+                    raise ValueError(f"rope_scaling.{name} needs {half} numbers, one for each frequency")
         if self.rope_width > self.head_width:
             raise ValueError(f"rope_width {self.rope_width} is beyond head_width {self.head_width}")
         if self.n_heads % self.n_kv_heads:
@@ -121,6 +152,8 @@ class ModelConfig(Config):
         for name, whole in (("embedding_width", self.width), ("expert_width", self.ffn_width)):
             if getattr(self, name) == whole:
                 self.__dict__[name] = 0
+        if self.expert_ffn == self.ffn:
+            self.__dict__["expert_ffn"] = None
         return self
 
     def window_of(self, layer: int) -> int:
@@ -139,13 +172,14 @@ class ModelConfig(Config):
         return self.n_experts > 0 and self.moe_layers[layer % len(self.moe_layers)]
 
     @property
-    def gated(self) -> bool:
-        return self.ffn in ("swiglu", "geglu", "geglu_tanh")
-
-    @property
     def score_scale(self) -> float:
         """Factor of q · k."""
         return self.attention_scale or self.head_width**-0.5
+
+
+def is_gated(ffn: Activation) -> bool:
+    """Whether a second matrix multiplies what the activation gives."""
+    return "glu" in ffn
 
 
 def _shortest_cycle(flags: Sequence[bool], n_layers: int) -> tuple[bool, ...]:
@@ -155,3 +189,60 @@ def _shortest_cycle(flags: Sequence[bool], n_layers: int) -> tuple[bool, ...]:
         if all(whole[i] == whole[i % length] for i in range(len(whole))):
             return tuple(whole[:length])
     return tuple(whole)
+
+
+class LoraConfig(Config):
+    """An adapter's size and place, and how the frozen base below it is kept."""
+
+    rank: int = Field(16, ge=1, description="r: rows of A and columns of B")
+    alpha: float = Field(32.0, gt=0, description="α: the adapter's output is multiplied by α / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input, in training")
+    targets: tuple[str, ...] = Field(
+        ("attention.*", "ffn.*"), description="patterns of the matrices in a layer that are adapted"
+    )
+    rslora: bool = Field(False, description="multiply by α / √r instead (rsLoRA)")
+    dora: bool = Field(False, description="learn the length of each row apart (DoRA)")
+    quantise: Literal["none", "int8", "nf4"] = Field(
+        "none", description="how the frozen matrices of the layers are kept: nf4 takes 4.13 bits a weight "
+        "(QLoRA), int8 a little over 8"
+    )  # fmt: skip
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def adapts(self, name: str) -> bool:
+        """Whether the matrix of this name within a layer, such as attention.q, has an adapter."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.targets)
+
+
+class ConvertConfig(Config):
+    """`danlu convert`."""
+
+    source: str = Field(
+        description="model: a folder of Hugging Face's or Meta's, a .gguf file, a run, an alias"
+    )
+    out: Path = Field(description="folder to write, or a file that ends in .gguf")
+    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] | None = Field(
+        None, description="of the weights; q8_0: 8 bits, in GGUF only; default: as they are"
+    )
+
+
+class SizesConfig(Config):
+    """`danlu sizes`."""
+
+    model: str | None = Field(None, description="a named size, or a model; none = all named sizes")
+    length: int | None = Field(None, ge=1, description="tokens of a sequence; default: the most it can read")
+
+
+class MergeConfig(Config):
+    """`danlu merge`: an adapter written into the matrices of its base."""
+
+    adapter: Path = Field(description="adapter folder, or the run that trained it")
+    out: Path = Field(description="folder that the merged model is written to")
+    text: Path | None = Field(
+        None, description="text on which the logits are compared; none = a few lines that danlu has"
+    )
+    tolerance: float = Field(
+        1e-4, gt=0, description="largest difference of a logit that is let pass, of the largest logit"
+    )

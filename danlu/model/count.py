@@ -1,6 +1,6 @@
 """How large and how costly a model is. Imports no torch."""
 
-from danlu.model.config import ModelConfig
+from danlu.model.config import Activation, LoraConfig, ModelConfig, is_gated
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -25,9 +25,35 @@ def active_parameters(config: ModelConfig) -> int:
         _ffn_parameters(config, layer, config.n_experts) - _ffn_parameters(config, layer, config.n_active)
         for layer in range(config.n_layers)
     )
-    biases = _ffn_biases(config, config.expert_width or config.ffn_width)
     experts = sum(config.has_experts(layer) for layer in range(config.n_layers))
-    return parameters(config) - idle - experts * (config.n_experts - config.n_active) * biases
+    return parameters(config) - idle - experts * (config.n_experts - config.n_active) * _expert_biases(config)
+
+
+def layer_matrices(config: ModelConfig) -> list[tuple[str, int, int]]:
+    """(name within its layer, rows, columns) of every matrix of the layers; of all experts."""
+    q_width, kv_width = config.n_heads * config.head_width, config.n_kv_heads * config.head_width
+    found = []
+    for layer in range(config.n_layers):
+        found += [("attention.q", q_width, config.width), ("attention.out", config.width, q_width)]
+        found += [(f"attention.{name}", kv_width, config.width) for name in ("k", "v")]
+        places, width, kind = ["ffn"], config.ffn_width, config.ffn
+        if config.has_experts(layer):
+            found.append(("ffn.router", config.n_experts, config.width))
+            places = [f"ffn.experts.{number}" for number in range(config.n_experts)]
+            width, kind = config.expert_width or width, config.expert_ffn or kind
+        for place in places:
+            found += [(f"{place}.{name}", width, config.width) for name in ("up", *["gate"] * is_gated(kind))]
+            found.append((f"{place}.down", config.width, width))
+    return found
+
+
+def adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Trained numbers of an adapter: A and B, and with DoRA the rows' lengths."""
+    return sum(
+        lora.rank * (rows + columns) + lora.dora * rows
+        for name, rows, columns in layer_matrices(config)
+        if lora.adapts(name)
+    )
 
 
 def embedding_parameters(config: ModelConfig) -> int:
@@ -44,11 +70,15 @@ def _attention_parameters(config: ModelConfig) -> int:
 
 def _ffn_parameters(config: ModelConfig, layer: int, n_experts: int) -> int:
     """Matrices of a layer's feed-forward, of so many experts where it has experts."""
-    matrices = 3 if config.gated else 2
     if not config.has_experts(layer):
-        return matrices * config.width * config.ffn_width
-    width = config.expert_width or config.ffn_width
-    return config.width * config.n_experts + n_experts * matrices * config.width * width
+        return _matrices(config.ffn) * config.width * config.ffn_width
+    expert = _matrices(config.expert_ffn or config.ffn) * config.width
+    expert *= config.expert_width or config.ffn_width
+    return config.width * config.n_experts + n_experts * expert
+
+
+def _matrices(ffn: Activation) -> int:
+    return 3 if is_gated(ffn) else 2
 
 
 def _head_parameters(config: ModelConfig) -> int:
@@ -56,8 +86,15 @@ def _head_parameters(config: ModelConfig) -> int:
     return config.vocab_size * (narrow or config.width) + 2 * narrow * config.width
 
 
-def _ffn_biases(config: ModelConfig, width: int) -> int:
-    return config.ffn_bias * ((2 if config.gated else 1) * width + config.width)
+def _ffn_biases(config: ModelConfig) -> int:
+    return config.ffn_bias * ((_matrices(config.ffn) - 1) * config.ffn_width + config.width)
+
+
+def _expert_biases(config: ModelConfig) -> int:
+    """Those of one expert."""
+    matrices = _matrices(config.expert_ffn or config.ffn)
+    inner = (matrices - 1) * (config.expert_width or config.ffn_width)
+    return config.ffn_bias * (inner + config.width)
 
 
 def _vectors(config: ModelConfig) -> int:
@@ -71,23 +108,30 @@ def _vectors(config: ModelConfig) -> int:
     total += config.n_layers * (config.qkv_bias * heads * config.head_width + config.out_bias * config.width)
     for layer in range(config.n_layers):
         if config.has_experts(layer):
-            total += config.n_experts * _ffn_biases(config, config.expert_width or config.ffn_width)
+            total += config.n_experts * _expert_biases(config)
         else:
-            total += _ffn_biases(config, config.ffn_width)
+            total += _ffn_biases(config)
     return total + config.head_bias * config.vocab_size
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int, backward: bool = True) -> float:
+def flops_per_token(
+    config: ModelConfig, sequence_length: int, backward: bool = True, lora: LoraConfig | None = None
+) -> float:
     """6 N + 6 L d T: N weights in matrix products, L layers, d width of all heads, T tokens.
 
     Two operations a multiply-add; a token sees T / 2 earlier ones on average, by two products (QKᵀ, PV) of
     width d: 2 · 2 · d · T / 2 a layer, less in a layer with a window. Backward costs twice the forward pass.
-    Kaplan et al. 2020, table 1.
+    Kaplan et al. 2020, table 1. Under an adapter (`lora`) the backward pass leaves out the gradients of the
+    N frozen weights, and costs as much as the forward pass there: 4 N, and 6 for each number of the adapter.
     """
     heads = config.n_heads * config.head_width
     seen = sum(_mean_seen(sequence_length, config.window_of(layer)) for layer in range(config.n_layers))
     forward = 2 * matmul_parameters(config) + 4 * heads * seen
-    return forward * (3 if backward else 1)
+    if lora is None:
+        return forward * (3 if backward else 1)
+    own = 2 * adapter_parameters(config, lora)
+    frozen = 2 * matmul_parameters(config)
+    return 3 * (forward + own) - frozen if backward else forward + own
 
 
 def _mean_seen(length: int, window: int) -> float:
@@ -122,21 +166,40 @@ def training_memory(
     checkpoint_activations: bool = False,
     optimizer: str = "adamw",
     compiled: bool = False,
+    lora: LoraConfig | None = None,
 ) -> int:
     """Estimated bytes of weights, gradients, optimiser state and activations of one micro-batch.
 
     `tokens` is the micro-batch's. Weights, gradients and each of the optimiser's moments are float32.
     What the backward pass works with, and what the allocator can't use in between, was measured on a CPU
     from 6 to 40 million parameters: as much as the activations of `work` more layers.
+
+    With `lora` the base has neither gradient nor state, and is kept in the dtype of the activations, or
+    packed; it is loaded in float32, which may be the peak.
     """
-    matrices = matmul_parameters(config) - config.vocab_size * config.width
-    moments = 2 * parameters(config) - (matrices if optimizer == "muon" else 0)
-    state = 4 * (2 * parameters(config) + moments)
-    shadow = parameters(config) * bytes_per_activation if bytes_per_activation < 4 else 0
     layer = activation_bytes(config, bytes_per_activation, compiled)
     kept = config.width * bytes_per_activation if checkpoint_activations else layer
     work = 3 if compiled else 5
     ends = 4 * config.width * bytes_per_activation  # embedding, last norm, and their gradients
     logits = 10 * max(2**22, 64 * config.vocab_size)  # of one chunk of the loss, in two dtypes
     compiler = 150_000_000 if compiled else 0
-    return state + shadow + tokens * (config.n_layers * kept + work * layer + ends) + logits + compiler
+    working = tokens * (config.n_layers * kept + work * layer + ends) + logits + compiler
+    if lora is not None:
+        return max(4 * parameters(config), adapted_bytes(config, bytes_per_activation, lora) + working)
+    matrices = matmul_parameters(config) - config.vocab_size * config.width
+    moments = 2 * parameters(config) - (matrices if optimizer == "muon" else 0)
+    state = 4 * (2 * parameters(config) + moments)
+    shadow = parameters(config) * bytes_per_activation if bytes_per_activation < 4 else 0
+    return state + shadow + working
+
+
+BITS = {"int8": 8.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
+"""Of a packed weight; int8's factor a row, and nf4's mean of a matrix, are left out."""
+
+
+def adapted_bytes(config: ModelConfig, bytes_per_activation: int, lora: LoraConfig) -> int:
+    """Bytes of a frozen base, and of an adapter with its gradient and two moments in float32."""
+    matrices = sum(rows * columns for _, rows, columns in layer_matrices(config))
+    bits = BITS.get(lora.quantise, 8 * bytes_per_activation)
+    base = matrices * bits / 8 + (parameters(config) - matrices) * bytes_per_activation
+    return round(base) + 16 * adapter_parameters(config, lora)

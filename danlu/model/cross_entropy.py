@@ -49,10 +49,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         w = head_weight.to(hidden.dtype)
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        backward = any(ctx.needs_input_grad[:3])
-        d_hidden = torch.empty_like(hidden) if backward else None
-        d_weight = torch.zeros(w.shape, dtype=precise, device=w.device) if backward else None
-        d_bias = None if bias is None else torch.zeros(bias.shape, dtype=precise, device=w.device)
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if for_hidden else None
+        d_weight = torch.zeros(w.shape, dtype=precise, device=w.device) if for_weight else None
+        d_bias = torch.zeros(w.shape[:1], dtype=precise, device=w.device) if for_bias else None
         total = torch.zeros((), dtype=precise, device=w.device)
         for rows in _chunks(len(hidden), len(w)):
             h, y, weight = hidden[rows], targets[rows, None], weights[rows, None]
@@ -64,14 +64,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if nats.isinf().any():  # a probability too small for the dtype
                 nats = F.cross_entropy(z.to(precise), y[:, 0], reduction="none")[:, None]
             total += (nats * weight).sum()
-            if d_hidden is not None and d_weight is not None:
-                dz = p.to(h.dtype).scatter_add_(1, y, h.new_full(y.shape, -1.0))
-                if softcap:
-                    dz *= 1 - bent.square()
+            if not (for_hidden or for_weight or for_bias):
+                continue
+            dz = p.to(h.dtype).scatter_add_(1, y, h.new_full(y.shape, -1.0))
+            if softcap:
+                dz *= 1 - bent.square()
+            if d_hidden is not None:
                 d_hidden[rows] = (dz @ w) * weight
+            if d_weight is not None:
                 d_weight += dz.T @ (h * weight).to(h.dtype)
-                if d_bias is not None:
-                    d_bias += (dz * weight).sum(0)
+            if d_bias is not None:
+                d_bias += (dz * weight).sum(0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.weight_dtype = head_weight.dtype
         return total
@@ -80,8 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         (scale,) = grads
-        d_hidden = d_hidden * scale.to(d_hidden.dtype)
-        d_weight = (d_weight * scale).to(ctx.weight_dtype)
+        d_hidden = None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype)
+        d_weight = None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype)
         d_bias = None if d_bias is None else (d_bias * scale).to(ctx.weight_dtype)
         return d_hidden, d_weight, d_bias, None, None, None
 

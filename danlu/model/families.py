@@ -14,6 +14,9 @@ from danlu.core.errors import UserError
 from danlu.model.config import ModelConfig
 from danlu.model.rules import HF, Always, Key, Only, Rope, Rule, Width, Windows, choice, optional
 
+OWN = "danlu"
+"""The family that says anything, and that only danlu loads."""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -85,17 +88,15 @@ _QWEN_MOE_NAMES = _LLAMA_NAMES + names(
         "layers.{i}.ffn.experts.{e}.down": _LAYER + "mlp.experts.{e}.down_proj",
     }
 )
-_GEMMA_NAMES = names(
-    {
-        **_OUTER,
-        "layers.{i}.attention_norm": _LAYER + "input_layernorm",
-        "layers.{i}.attention_post_norm": _LAYER + "post_attention_layernorm",
-        "layers.{i}.ffn_norm": _LAYER + "pre_feedforward_layernorm",
-        "layers.{i}.ffn_post_norm": _LAYER + "post_feedforward_layernorm",
-        **_ATTENTION,
-        **_FFN,
-    }
-)
+_GEMMA_INNER = {
+    "layers.{i}.attention_norm": _LAYER + "input_layernorm",
+    "layers.{i}.attention_post_norm": _LAYER + "post_attention_layernorm",
+    "layers.{i}.ffn_norm": _LAYER + "pre_feedforward_layernorm",
+    "layers.{i}.ffn_post_norm": _LAYER + "post_feedforward_layernorm",
+    **_ATTENTION,
+    **_FFN,
+}
+_GEMMA_NAMES = names({**_OUTER, **_GEMMA_INNER})
 _PHI3_NAMES = names(
     {
         **_OUTER,
@@ -201,6 +202,17 @@ _BLOOM_NAMES = names({_QKV: _BLOOM_LAYER + "self_attention.query_key_value"}, "b
     }
 )
 
+_OWN_NAMES = names(
+    {
+        name: name
+        for name in (
+            *("embedding", "position_embedding", "embedding_in", "embedding_norm", "embedding_out"),
+            *("norm", "head", *_GEMMA_INNER, "layers.{i}.ffn.router"),
+            *(f"layers.{{i}}.ffn.experts.{{e}}.{part}" for part in ("gate", "up", "down")),
+        )
+    }
+)
+
 # Rules
 
 
@@ -298,6 +310,16 @@ class _SparseLayers:
     def write(self, config: ModelConfig) -> dict[str, Any]:
         dense = [i for i in range(config.n_layers) if not config.has_experts(i)]
         return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+class _Whole:
+    """danlu's own: the fields as they are, for what no published family can say."""
+
+    def read(self, hf: HF) -> dict[str, Any]:
+        return dict(hf["danlu"])
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {"danlu": config.model_dump(mode="json", exclude={"family"})}
 
 
 def _after_max_window_layers(hf: HF) -> list[bool]:
@@ -429,7 +451,7 @@ FAMILIES = (
         (
             *_sizes(positions=4096),
             _rms(1e-5),
-            Rope(partial=1.0, kinds=()),
+            Rope(partial=1.0, kinds=("longrope",)),
             _SILU,
             Windows(),
         ),
@@ -580,6 +602,7 @@ FAMILIES = (
         _BLOOM_NAMES,
         "transformer.",
     ),
+    Family(OWN, "DanluForCausalLM", (_Whole(),), _OWN_NAMES, ""),
 )  # fmt: skip
 
 
@@ -620,7 +643,7 @@ def _read(family: Family, hf: HF) -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The content of a config.json that transformers, vLLM and llama.cpp read.
 
-    The config's own family, or the first that can say the same. Raises UserError where none can.
+    The config's own family, or the first that can say the same; danlu's own (`OWN`) where none can.
     """
     return _express(config)[1]
 
@@ -642,6 +665,4 @@ def _express(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
             continue
         if same:
             return family, hf
-    raise UserError(
-        "no Hugging Face family has these settings together", "change model.…, or train it without saving"
-    )
+    raise AssertionError("danlu's own family says everything")

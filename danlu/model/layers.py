@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from danlu.model.config import ModelConfig
+from danlu.model.config import Activation, ModelConfig, is_gated
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -68,10 +68,10 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 class FeedForward(nn.Module):
     """down(f(up x)); gated (SwiGLU and its like): down(f(gate x) ∘ up x)."""
 
-    def __init__(self, config: ModelConfig, width: int) -> None:
+    def __init__(self, config: ModelConfig, width: int, kind: Activation) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.ffn]
-        self.gate = Linear(config.width, width, config.ffn_bias) if config.gated else None
+        self.activation = ACTIVATIONS[kind]
+        self.gate = Linear(config.width, width, config.ffn_bias) if is_gated(kind) else None
         self.up = Linear(config.width, width, config.ffn_bias)
         self.down = Linear(width, config.width, config.ffn_bias)
 
@@ -88,8 +88,8 @@ class Experts(nn.Module):
         super().__init__()
         self.n_active, self.normalised = config.n_active, config.normalised_experts
         self.router = Linear(config.width, config.n_experts)
-        width = config.expert_width or config.ffn_width
-        self.experts = nn.ModuleList(FeedForward(config, width) for _ in range(config.n_experts))
+        width, kind = config.expert_width or config.ffn_width, config.expert_ffn or config.ffn
+        self.experts = nn.ModuleList(FeedForward(config, width, kind) for _ in range(config.n_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)

@@ -41,6 +41,17 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Matrices of equal shape along a dimension of their own: a layer's experts (llama.cpp)."""
+
+    def split(self, theirs: Tensor, shapes: Shapes, config: ModelConfig) -> list[Tensor]:
+        return list(theirs.unbind(0)) if theirs.ndim == 3 and len(theirs) == len(shapes) else [theirs]
+
+    def join(self, ours: list[Tensor], config: ModelConfig) -> Tensor:
+        return torch.stack(ours)
+
+
+@dataclass(frozen=True)
 class ByHead:
     """Head by head: the first head's query, key and value rows, then the second's (GPT-NeoX, BLOOM)."""
 

@@ -4,47 +4,32 @@ Hu et al. 2022 (LoRA, equation 3; s = α / r); Kalajdzievski 2023 (rsLoRA; s = �
 (DoRA, equation 5: W + s B A, its rows scaled to learnt lengths m).
 """
 
-import fnmatch
 import math
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from danlu.core.config import Config
 from danlu.core.errors import UserError
+from danlu.model.config import LoraConfig
 from danlu.model.layers import Linear
+from danlu.model.quantised import QuantisedLinear, unpack
 from danlu.model.transformer import Transformer
 
-
-class LoraConfig(Config):
-    """An adapter's size and place."""
-
-    rank: int = Field(16, ge=1, description="r: rows of A and columns of B")
-    alpha: float = Field(32.0, gt=0, description="α: the adapter's output is multiplied by α / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input, in training")
-    targets: tuple[str, ...] = Field(
-        ("attention.*", "ffn.*"), description="patterns of the matrices in a layer that are adapted"
-    )
-    rslora: bool = Field(False, description="multiply by α / √r instead (rsLoRA)")
-    dora: bool = Field(False, description="learn the length of each row apart (DoRA)")
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+Frozen = nn.Linear | QuantisedLinear
+"""What an adapter stands on."""
 
 
 class Adapter(nn.Module):
     """A, B and, with DoRA, the rows' lengths. B is zero at first, so that nothing changes."""
 
-    def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
+    def __init__(self, base: Frozen, config: LoraConfig) -> None:
         super().__init__()
         self.config = config
-        n_out, n_in = base.weight.shape
-        self.a = nn.Parameter(torch.empty(config.rank, n_in, device=base.weight.device))
-        self.b = nn.Parameter(torch.zeros(n_out, config.rank, device=base.weight.device))
+        device = next(base.parameters()).device
+        self.a = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
+        self.b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.m = nn.Parameter(row_lengths(base.weight.float())) if config.dora else None
 
@@ -56,7 +41,7 @@ class Adapter(nn.Module):
 class LoraLinear(nn.Module):
     """A frozen matrix with adapters, one of which is active."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: Frozen) -> None:
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
@@ -78,9 +63,8 @@ class LoraLinear(nn.Module):
         # The length counts as a constant in the gradient (DoRA, section 4.3).
         lengths = row_lengths(self.base.weight.detach().float() + adapter.delta().detach())
         ratio = (adapter.m / lengths).to(x.dtype)
-        plain = y if self.base.bias is None else y - self.base.bias.to(x.dtype)
-        if config.dropout and self.training:
-            plain = F.linear(dropped, self.base.weight.to(x.dtype))
+        plain = self.base(dropped) if config.dropout and self.training else y
+        plain = plain if self.base.bias is None else plain - self.base.bias.to(x.dtype)
         return y + (ratio - 1) * plain + ratio * change
 
     def merged(self) -> Tensor:
@@ -112,7 +96,8 @@ def add_adapter(model: Transformer, config: LoraConfig, name: str = "default") -
     found = [
         module_name
         for module_name, module in model.named_modules()
-        if isinstance(module, (Linear, LoraLinear)) and _matches(module_name, config.targets)
+        if isinstance(module, (Linear, QuantisedLinear, LoraLinear))
+        and config.adapts(name_in_layer(module_name))
     ]
     if not found:
         raise UserError(
@@ -122,7 +107,7 @@ def add_adapter(model: Transformer, config: LoraConfig, name: str = "default") -
     for module_name in found:
         layer = model.get_submodule(module_name)
         if not isinstance(layer, LoraLinear):
-            layer = LoraLinear(cast(nn.Linear, layer))
+            layer = LoraLinear(cast(Frozen, layer))
             model.set_submodule(module_name, layer)
         adapter = layer.adapters[name] = Adapter(layer.base, config)
         layer.train(model.training)
@@ -131,10 +116,10 @@ def add_adapter(model: Transformer, config: LoraConfig, name: str = "default") -
     return trained
 
 
-def _matches(name: str, targets: tuple[str, ...]) -> bool:
-    parts = name.split(".", 2)
-    inside = parts[2] if parts[0] == "layers" and len(parts) == 3 else ""
-    return any(fnmatch.fnmatchcase(inside, pattern) for pattern in targets)
+def name_in_layer(module_name: str) -> str:
+    """ "attention.q" of "layers.3.attention.q"; nothing for what is in no layer."""
+    parts = module_name.split(".", 2)
+    return parts[2] if parts[0] == "layers" and len(parts) == 3 else ""
 
 
 def use_adapter(model: Transformer, name: str | None) -> None:
@@ -149,8 +134,15 @@ def use_adapter(model: Transformer, name: str | None) -> None:
 
 @torch.no_grad()
 def merge(model: Transformer) -> None:
-    """Writes the active adapter into the matrices, computed in float32, and takes all adapters off."""
+    """Writes the active adapter into the matrices, computed in float32, and takes all adapters off.
+
+    A quantised base is unpacked, in all its matrices.
+    """
     for name, layer in adapted_layers(model).items():
-        layer.base.weight.copy_(layer.merged())
-        model.set_submodule(name, layer.base)
+        if isinstance(layer.base, QuantisedLinear):
+            model.set_submodule(name, layer.base.unpacked(layer.merged()))
+        else:
+            layer.base.weight.copy_(layer.merged())
+            model.set_submodule(name, layer.base)
+    unpack(model)
     model.requires_grad_(True)

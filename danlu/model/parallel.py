@@ -2,17 +2,24 @@
 
 - ddp: every process holds the whole model; gradients are summed (train/step.py does that).
 - fsdp: every process holds a slice of every tensor (PyTorch FSDP2: `fully_shard`, DTensor).
+- tensor: every process computes with a part of each matrix, for the same batch (DTensor; Shoeybi et al. 2019,
+  "Megatron-LM", section 3): whole heads, whole columns of the feed-forward.
 
 Without torchrun everything here is a no-op, so that the same code runs on a laptop.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+
+from danlu.core.errors import UserError
+from danlu.model.transformer import Transformer
 
 
 def rank() -> int:
@@ -94,6 +101,50 @@ def shard(model: nn.Module, blocks: list[nn.Module]) -> None:
         fully_shard(block)
     fully_shard(model, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden")
+
+
+def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
+    """Tensor parallelism over the processes of a mesh of one dimension, in place.
+
+    Queries, keys, values and what enters the feed-forward are split by their output, what leaves both by its
+    input, and the sums over processes stand behind these. Embedding, norms and head stay whole everywhere.
+    Raises UserError where heads or widths can't be cut evenly, for ALiBi, and for experts.
+    """
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        ParallelStyle,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    config, parts = model.config, mesh.size()
+    if config.n_experts or config.positions == "alibi":
+        what = "a mixture of experts" if config.n_experts else "ALiBi"
+        raise UserError(f"{what} can't be split over processes by tensors", "use fsdp")
+    for name in ("n_heads", "n_kv_heads", "ffn_width"):
+        if getattr(config, name) % parts:
+            raise UserError(
+                f"{name} {getattr(config, name)} can't be split over {parts} processes", "use fewer, or fsdp"
+            )
+    ways: dict[str, ParallelStyle] = {"attention.out": RowwiseParallel(), "ffn.down": RowwiseParallel()}
+    ways |= {f"attention.{name}": ColwiseParallel() for name in ("q", "k", "v")}
+    ways |= {f"ffn.{name}": ColwiseParallel() for name in ("up", "gate")}
+    for layer in model.layers:
+        present = dict(layer.named_modules())
+        parallelize_module(layer, mesh, {name: way for name, way in ways.items() if name in present})
+        # Norms of single heads see the heads of their process only.
+        for name, parameter in layer.named_parameters():
+            if name.startswith(("attention.q_norm.", "attention.k_norm.")):
+                parameter.register_hook(_summed(mesh))
+
+
+def _summed(mesh: DeviceMesh) -> Callable[[torch.Tensor], torch.Tensor]:
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total, group=mesh.get_group())
+        return total
+
+    return hook
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Where a token is: rotary angles with their stretchings, and ALiBi's slopes.
 
 Su et al. 2021 (RoPE); Chen et al. 2023 (linear interpolation); Peng et al. 2023 (YaRN, and NTK-aware
-scaling in section 3); Grattafiori et al. 2024 (Llama 3); Press et al. 2022 (ALiBi).
+scaling in section 3); Ding et al. 2024 (LongRoPE); Grattafiori et al. 2024 (Llama 3); Press et al. 2022
+(ALiBi).
 """
 
 import math
@@ -25,7 +26,8 @@ def rotary(config: ModelConfig, layer: int, positions: Tensor) -> Rotation | Non
     if rope is None:
         return None
     theta, scaling = rope
-    longest = int(positions.max()) + 1 if scaling and scaling.kind == "dynamic" else 0
+    by_length = scaling is not None and scaling.kind in ("dynamic", "longrope")
+    longest = int(positions.max()) + 1 if by_length else 0
     frequencies, factor = rope_frequencies(theta, config.rope_width or config.head_width, scaling, longest)
     angles = positions[..., None, None] * frequencies.to(positions.device)
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
@@ -36,7 +38,7 @@ def rope_frequencies(
 ) -> tuple[Tensor, float]:
     """Angles per position (width / 2,) in float64, and the factor of the rotated vectors.
 
-    Plain: θ^(-2i / width). `longest`: tokens of the sequence, which `dynamic` scaling goes by.
+    Plain: θ^(-2i / width). `longest`: tokens of the sequence, which `dynamic` and `longrope` go by.
     """
     exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
     if scaling is None:
@@ -47,6 +49,9 @@ def rope_frequencies(
     plain = theta**-exponents
     if scaling.kind == "linear":
         return plain / scaling.factor, 1.0
+    if scaling.kind == "longrope":
+        divisors = scaling.long if longest > scaling.original else scaling.short
+        return plain / torch.tensor(divisors, dtype=torch.float64), longrope_factor(scaling)
     if scaling.kind == "llama3":
         turns = scaling.original * plain / (2 * math.pi)  # of the whole context
         kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
@@ -69,6 +74,13 @@ def _yarn_bound(turns: float, width: int, theta: float, scaling: RopeScaling) ->
 def yarn_factor(scaling: RopeScaling) -> float:
     """The factor of queries and keys (YaRN, equation 22: √(1/t) = 0.1 ln s + 1)."""
     return scaling.attention or 0.1 * math.log(scaling.factor) + 1
+
+
+def longrope_factor(scaling: RopeScaling) -> float:
+    """The factor of queries and keys (LongRoPE, section 3.3, as Phi-3's code has it)."""
+    if scaling.attention or scaling.factor <= 1:
+        return scaling.attention or 1.0
+    return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original))
 
 
 def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:

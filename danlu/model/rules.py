@@ -141,6 +141,7 @@ class Rope:
             head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
             fields["rope_width"] = int(head * share)
         kind = rope.get("rope_type", rope.get("type", "default"))
+        kind = "longrope" if kind == "su" else kind  # its first name
         positions = hf.get("max_position_embeddings")
         if kind == "default":
             return fields
@@ -155,7 +156,7 @@ class Rope:
         if kind == "dynamic":
             original = positions or 2048
             fields["max_positions"] = int(original * rope["factor"])
-        fields["rope_scaling"] = _read_scaling(kind, rope, original)
+        fields["rope_scaling"] = _read_scaling(kind, rope, original, positions or original)
         return fields
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -171,6 +172,8 @@ class Rope:
             out[self.partial_key] = partial["partial_rotary_factor"]
         if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
             out["max_position_embeddings"] = config.rope_scaling.original
+        if config.rope_scaling is not None and config.rope_scaling.kind == "longrope":
+            out["original_max_position_embeddings"] = config.rope_scaling.original
         if self.nested:
             local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
             out["rope_local_base_freq"] = config.local_rope_theta
@@ -185,8 +188,17 @@ def _plain_only(rope: HF) -> None:
         )
 
 
-def _read_scaling(kind: str, rope: HF, original: int) -> RopeScaling:
+def _read_scaling(kind: str, rope: HF, original: int, positions: int) -> RopeScaling:
     factor = rope.get("factor")
+    if kind == "longrope":
+        return RopeScaling(
+            kind=kind,
+            factor=max(1.0, factor or positions / original),
+            original=original,
+            attention=rope.get("attention_factor") or 0.0,
+            short=tuple(map(float, rope["short_factor"])),
+            long=tuple(map(float, rope["long_factor"])),
+        )
     if factor is None:
         raise UserError(f"rope_type is {kind!r}, and factor is missing", "the config.json is incomplete")
     if kind == "llama3":
@@ -219,10 +231,13 @@ def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
     if scaling is None:
         return {"rope_type": "default"}
     out: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind in ("yarn", "llama3"):
+    if scaling.kind in ("yarn", "llama3", "longrope"):
         out["original_max_position_embeddings"] = scaling.original
     if scaling.kind == "llama3":
         out |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
+    if scaling.kind == "longrope":
+        out |= {"short_factor": list(scaling.short), "long_factor": list(scaling.long)}
+        out |= {"attention_factor": scaling.attention} if scaling.attention else {}
     if scaling.kind == "yarn":
         out |= {"beta_slow": scaling.low, "beta_fast": scaling.high, "truncate": scaling.truncate}
         if scaling.attention:

@@ -67,7 +67,8 @@ class Layer(nn.Module):
         self.attention_norm = make_norm(config, config.width)
         self.attention = Attention(config, number)
         self.ffn_norm = None if config.one_norm else make_norm(config, config.width)
-        self.ffn = Experts(config) if config.has_experts(number) else FeedForward(config, config.ffn_width)
+        dense = not config.has_experts(number)
+        self.ffn = FeedForward(config, config.ffn_width, config.ffn) if dense else Experts(config)
         both = config.norm_place == "both"
         self.attention_post_norm = make_norm(config, config.width) if both else None
         self.ffn_post_norm = make_norm(config, config.width) if both else None

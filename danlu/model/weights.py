@@ -21,13 +21,14 @@ from danlu.core.errors import UserError
 from danlu.core.files import read_json
 from danlu.model.config import ModelConfig
 from danlu.model.families import Family
-from danlu.model.layouts import ByHead, Interleaved, Layout, Stacked
+from danlu.model.layouts import ByHead, Interleaved, Layout, Stacked, Together
 
 LAYOUTS: dict[str, Layout] = {
     "stacked": Stacked(),
     "transposed": Stacked(transposed=True),
     "by_head": ByHead(),
     "interleaved": Interleaved(),
+    "together": Together(),
 }
 
 
@@ -46,9 +47,11 @@ def entries(family: Family, config: ModelConfig, ours: Mapping[str, Tensor]) -> 
     for row in family.names:
         for place in _places(row.theirs, config):
             modules = [module.format(**place) for module in row.ours]
+            if row.layout == "together":
+                modules = [row.ours[0].format(**{**place, "e": e}) for e in range(config.n_experts)]
             for kind in ("weight", "bias"):
                 tensors = tuple(f"{module}.{kind}" for module in modules)
-                if all(name in ours for name in tensors):
+                if tensors and all(name in ours for name in tensors):
                     layout = LAYOUTS[row.layout]
                     found.append(Entry(f"{row.theirs.format(**place)}.{kind}", tensors, layout))
     covered = {name for entry in found for name in entry.ours}
@@ -136,6 +139,25 @@ class Tensors(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
+_DAMAGED = "the file is damaged; fetch or train it again"
+
+
+def open_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of PyTorch's, which may hold nothing else. Raises UserError."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{file}: holds more than tensors, which danlu does not load: it could run code",
+            "ask for the weights as safetensors",
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{file}: {str(error).splitlines()[0]}", _DAMAGED) from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{file}: is no table of tensors", "ask for the weights as safetensors")
+    return content
+
+
 class TensorFiles:
     """The tensors of a folder, read when asked for; a context manager."""
 
@@ -156,21 +178,12 @@ class TensorFiles:
         return file[name] if isinstance(file, dict) else file.get_tensor(name)
 
     def _open(self, file: Path) -> Any:
-        damaged = "the file is damaged; fetch or train it again"
-        if file.suffix == ".safetensors":
-            try:
-                return self._stack.enter_context(safe_open(file, "pt"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: {error}", damaged) from None
+        if file.suffix != ".safetensors":
+            return open_pickled(file)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except pickle.UnpicklingError:
-            raise UserError(
-                f"{file}: holds more than tensors, which danlu does not load: it could run code",
-                "ask for the weights as safetensors",
-            ) from None
-        except (RuntimeError, EOFError, OSError, ValueError) as error:
-            raise UserError(f"{file}: {str(error).splitlines()[0]}", damaged) from None
+            return self._stack.enter_context(safe_open(file, "pt"))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: {error}", _DAMAGED) from None
 
     def __enter__(self) -> "TensorFiles":
         return self

@@ -2,8 +2,8 @@
 
 `checkpoints/step-00000100/` holds the weights and the optimiser as a PyTorch distributed checkpoint (so
 that a sharded run's checkpoint loads on one process and the other way round) and `state.json`: step,
-loader, guard, random generators of every process, config and data fingerprint. It is written under a
-temporary name, synced, then renamed: a folder of that name is complete.
+loader, guard, random generators of every process, config and data fingerprint. Weights that are not trained
+are left out. It is written under a temporary name, synced, then renamed: a folder of that name is complete.
 """
 
 import base64
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from danlu.core.errors import UserError
 from danlu.core.files import make_folder, os_errors, read_text
@@ -160,17 +160,29 @@ def load_weights_and_moments(folder: Path, model: nn.Module, optimizer: Any) -> 
     """Reads a distributed checkpoint into `model` and `optimizer`, sharded or not, in place."""
     state = _weights_and_moments(model, optimizer)
     dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=_options(model),
+    )
 
 
 def _weights_and_moments(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=_options(model))
     return {"model": weights, "optimizer": moments}
 
 
+def _options(model: nn.Module) -> StateDictOptions:
+    """Of frozen weights nothing is kept, so nothing of them is looked for."""
+    frozen = not all(p.requires_grad for p in model.parameters())
+    return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
+
+
 def _tensor_bytes(model: nn.Module) -> int:
-    """Bytes of the weights and of two moments for each."""
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of the trained weights and of two moments for each."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def random_state() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from danlu.core.errors import UserError
 from danlu.core.host import has_compiler
-from danlu.model.config import ModelConfig
+from danlu.model.config import LoraConfig, ModelConfig
 from danlu.model.count import flops_per_token
 from danlu.model.transformer import Layer, Transformer
 
@@ -21,8 +21,10 @@ WORTHWHILE = 3e13
 """FLOPs of a run from which on compiling pays: a minute or two on a small CPU, against some ten seconds."""
 
 
-def should_compile(mode: str, config: ModelConfig, tokens: int, sequence_length: int) -> bool:
-    """Resolves auto, on or off for a run over `tokens` tokens.
+def should_compile(
+    mode: str, config: ModelConfig, tokens: int, sequence_length: int, lora: LoraConfig | None = None
+) -> bool:
+    """Resolves auto, on or off for a run over `tokens` tokens; auto doesn't compile adapters.
 
     The answer hangs on the config and on the compiler, never on a measured time: a resumed run has to
     compute what the first one did. Raises UserError for `on` without a compiler.
@@ -31,7 +33,7 @@ def should_compile(mode: str, config: ModelConfig, tokens: int, sequence_length:
         raise UserError("compile is on, and no C++ compiler is found", "install g++, or set compile=auto")
     if mode != "auto":
         return mode == "on"
-    return has_compiler() and tokens * flops_per_token(config, sequence_length) >= WORTHWHILE
+    return lora is None and has_compiler() and tokens * flops_per_token(config, sequence_length) >= WORTHWHILE
 
 
 @functools.cache

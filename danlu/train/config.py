@@ -1,11 +1,13 @@
 """Config of training: optimiser, schedule, loss-spike guard, the loop. Imports no torch."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from danlu.core.config import Config, InputPath, StageConfig
-from danlu.model.config import ModelConfig
+from danlu.model.aliases import ALIASES, packaged
+from danlu.model.config import LoraConfig, ModelConfig
 
 
 class OptimConfig(Config):
@@ -72,9 +74,14 @@ class TrainConfig(StageConfig):
 
     data: InputPath = Field(description="tokens: the output folder of `danlu tokenize`")
     init_from: InputPath | None = Field(
-        None, description="model to start from: a run folder or a Hugging Face folder; none = a new model"
+        None,
+        description="model to start from: a run folder, a Hugging Face folder, a .gguf file or smollm2; "
+        "none = a new model",
     )
     model: ModelConfig | None = Field(None, description="sizes of a new model; not with init_from")
+    lora: LoraConfig | None = Field(
+        None, description="train an adapter on the frozen model of init_from; none = all weights"
+    )
     steps: int = Field(1000, ge=1, description="optimiser steps")
     batch_size: int = Field(8, ge=1, description="sequences in one step, over all processes")
     accumulate: int = Field(
@@ -111,6 +118,26 @@ class TrainConfig(StageConfig):
         "ddp", description="under torchrun: ddp = data-parallel, fsdp = fully sharded (FSDP2)"
     )
     tensorboard: bool = Field(False, description="also write TensorBoard events")
+
+    @field_validator("init_from")
+    @classmethod
+    def _named(cls, path: Path | None) -> Path | None:
+        """The file that an alias such as smollm2 means."""
+        return packaged(str(path)) if str(path) in ALIASES and path and not path.exists() else path
+
+    @model_validator(mode="after")
+    def _lora_fits(self) -> Self:
+        if self.lora is None:
+            return self
+        if self.init_from is None:
+            raise ValueError("lora needs init_from, the model that the adapter is put on")
+        if self.optim.name == "muon":
+            raise ValueError("lora with optim.name muon: adapters are trained by adamw")
+        if self.parallel == "fsdp":
+            raise ValueError("lora with parallel fsdp: a frozen base isn't sharded; set parallel ddp")
+        if self.lora.quantise != "none" and self.compile == "on":
+            raise ValueError("lora.quantise with compile on: a packed base isn't compiled; set compile off")
+        return self
 
 
 class PretrainConfig(TrainConfig):

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from danlu.core.device import machine
 from danlu.core.errors import UserError
-from danlu.core.files import read_json
 from danlu.core.verbs import Estimate
-from danlu.model import count, families
+from danlu.model import count
+from danlu.model.checkpoint import sizes_of
 from danlu.model.config import ModelConfig
 from danlu.train.compiling import should_compile
 from danlu.train.config import TrainConfig
@@ -35,22 +35,30 @@ def estimate_training(config: TrainConfig, upstream: Mapping[str, Estimate]) -> 
     tokens = config.steps * config.batch_size * config.sequence_length
     here = machine()
     low = config.dtype == "bf16" or (config.dtype == "auto" and here.bf16_native)
-    flops = tokens * count.flops_per_token(sizes, config.sequence_length)
+    flops = tokens * count.flops_per_token(sizes, config.sequence_length, lora=config.lora)
     micro_batch = max(1, config.batch_size // config.accumulate) * config.sequence_length
     try:
-        compiled = should_compile(config.compile, sizes, tokens, config.sequence_length)
+        compiled = should_compile(config.compile, sizes, tokens, config.sequence_length, config.lora)
     except UserError as error:
         compiled = False
         problems.append(f"{error.message}: {error.remedy}")
     memory = LOADED_BYTES + count.training_memory(
-        sizes, micro_batch, 2 if low else 4, config.checkpoint_activations, config.optim.name, compiled
+        sizes,
+        micro_batch,
+        2 if low else 4,
+        config.checkpoint_activations,
+        config.optim.name,
+        compiled,
+        config.lora,
     )
     if memory > here.memory_bytes:
         problems.append(
             f"needs about {memory / 1e9:.1f} GB of memory, this machine has {here.memory_bytes / 1e9:.1f}"
         )
     rate = 1e9 * (here.bf16_gflops if low else here.f32_gflops) * UTILISATION
-    outputs = {"parameters": count.parameters(sizes), "model": sizes.model_dump()}
+    whole = count.parameters(sizes)
+    trained = whole if config.lora is None else count.adapter_parameters(sizes, config.lora)
+    outputs = {"parameters": whole, "trained_parameters": trained, "model": sizes.model_dump()}
     seconds = START_SECONDS + (COMPILE_SECONDS if compiled else 0) + flops / rate
     return Estimate(tokens, flops, memory, seconds, outputs, problems)
 
@@ -64,7 +72,7 @@ def _sizes(config: TrainConfig, upstream: Mapping[str, Estimate]) -> tuple[Model
         return ModelConfig(vocab_size=vocabulary, max_positions=config.sequence_length), []
     if "init_from" in upstream and "model" in upstream["init_from"].outputs:
         return ModelConfig(**upstream["init_from"].outputs["model"]), []
-    for folder in (config.init_from, config.init_from / "model"):
-        if (folder / "config.json").is_file():
-            return families.from_hf(read_json(folder / "config.json"), str(folder / "config.json")), []
-    return ModelConfig(), [f"{config.init_from}: no model there yet; its size is guessed"]
+    try:
+        return sizes_of(config.init_from), []
+    except UserError as error:
+        return ModelConfig(), [f"{error.message}; its size is guessed"]

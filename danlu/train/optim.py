@@ -17,10 +17,12 @@ from danlu.train.config import OptimConfig
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimiser of `config` for a Transformer; each group's `lr` is its peak.
 
-    Weight decay holds for matrices, not for norms.
+    Weight decay holds for matrices, not for norms. Frozen parameters are left out.
     """
     matrices, embeddings, vectors = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.ndim < 2:
             vectors.append(parameter)
         elif name.startswith("layers."):
@@ -39,7 +41,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     }
     if config.name == "adamw":
         groups[0]["params"] = [*embeddings, *matrices]
-        return AdamW(groups, **adamw)
+        return AdamW([group for group in groups if group["params"]], **adamw)
     muon = Muon(matrices, config.muon_lr, config.momentum, config.weight_decay)
     return Joined([muon, AdamW(groups, **adamw)])
 

@@ -7,6 +7,8 @@ class TrainResult(BaseModel):
     """The figures of a run; `result.json` of its stage."""
 
     parameters: int
+    trained_parameters: int
+    """All of them, or the adapter's."""
     steps: int
     tokens: int
     epochs: float
@@ -24,4 +26,4 @@ class TrainResult(BaseModel):
     """Spent in training steps, over all resumes."""
     tokens_per_second: float
     model: str
-    """Folder of the model."""
+    """Folder of the model, or of the adapter."""

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import danlu.model.checkpoint as models
 from danlu.core.config import flatten
 from danlu.core.device import choose_device, choose_dtype
 from danlu.core.errors import UserError
 from danlu.model import parallel
-from danlu.model.config import ModelConfig
+from danlu.model.config import LoraConfig, ModelConfig
+from danlu.model.lora import add_adapter, merge
+from danlu.model.quantised import quantise
 from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch, PackedLoader, held_out_batches
 from danlu.tokens.shards import Shards
@@ -96,7 +99,13 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device)
             )
         model = Transformer(sizes)
     else:
+        if config.lora is not None and models.is_adapter(models.resolve(config.init_from)):
+            raise UserError(
+                f"{config.init_from} is an adapter, and lora puts another on it",
+                "write it into its base first: danlu merge",
+            )
         model, own = models.load(config.init_from, dtype=torch.float32)
+        merge(model)  # where it is an adapter: all weights are trained
         if own is not None and own.fingerprint() != tokenizer.fingerprint():
             raise UserError(
                 f"{config.init_from} and {config.data} have different tokenizers",
@@ -115,6 +124,19 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device)
             "lower sequence_length, or raise model.max_positions of a new model",
         )
     return model.to(device)
+
+
+def adapt(model: Transformer, config: LoraConfig, dtype: torch.dtype) -> None:
+    """Freezes a float32 model and puts a new adapter on it, in place.
+
+    The base is kept in `dtype`, the computation's: a step rounds the weights to that anyway. Norms, which
+    are computed in float32, and the adapter stay float32.
+    """
+    quantise(model, config.quantise)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.to(dtype)
+    add_adapter(model, config)
 
 
 def choose_machine(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
@@ -155,8 +177,13 @@ _FREE = {
 """Config keys that may differ on a resume: they leave the weights alone (`data` is compared by content)."""
 
 
-def require_same_run(config: TrainConfig, fingerprint: str, saved: dict[str, Any]) -> None:
-    """Raises UserError where a checkpoint's state comes from other data or other maths."""
+def require_same_run(config: TrainConfig, fingerprint: str, base: str, saved: dict[str, Any]) -> None:
+    """Raises UserError where a checkpoint's state comes from other data, another base or other maths."""
+    if saved.get("base", "") != base:
+        raise UserError(
+            f"{config.out} holds an adapter for another base than {config.init_from} is now",
+            "bring the old one back, or choose another output folder",
+        )
     if saved["data"] != fingerprint:
         raise UserError(
             f"{config.out} holds a run on other data than {config.data}",

@@ -35,6 +35,7 @@ class TrainStep:
     micro-batches and all processes, so that how a batch is cut does not change the gradient.
 
     Weights, gradients and the optimiser's state are float32; `dtype` is that of activations and products.
+    Only parameters that require a gradient are updated. The model is in training mode (dropout) only here.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class TrainStep:
         n_supervised = self._sum_over_processes(count).item()
         if n_supervised == 0:
             raise UserError("a batch has no supervised token", "look at the data with `danlu inspect`")
+        self.model.train()
         with compiled_layers(self.model) if self.compile else nullcontext():
             losses = [self._backward(batch, n_supervised) for batch in batches]
+        self.model.eval()
         if not self.sharded:
             for parameter in self.parameters:
                 if parameter.grad is not None:

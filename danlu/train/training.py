@@ -9,7 +9,7 @@ from danlu.core.device import peak_rss_bytes
 from danlu.core.errors import UserError
 from danlu.core.metrics import read_metrics
 from danlu.model import parallel
-from danlu.model.checkpoint import save_model
+from danlu.model.checkpoint import base_digest, resolve, save_adapted, save_model
 from danlu.tokens.loader import Batch
 from danlu.train import held_out, run
 from danlu.train.checkpoint import Checkpointer, random_state, set_random_state
@@ -36,7 +36,13 @@ class Training:
         run.seed_everything(config.seed)
         self.data = run.Data(config, kind)
         self.model = run.build_model(config, self.data.tokenizer, self.device)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.parameters = self.trained = sum(p.numel() for p in self.model.parameters())
+        self.base = ""
+        if config.lora is not None and config.init_from is not None:
+            self.base = parallel.agree(base_digest(resolve(config.init_from)))
+            run.adapt(self.model, config.lora, self.dtype)
+            self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            torch.manual_seed(config.seed + parallel.rank())  # of the dropout, in every process its own
         self.loader = self.data.loader(config)
         self.batches = iter(self.loader)
         self.token_bytes = held_out.bytes_per_token(self.data.tokenizer)
@@ -46,7 +52,9 @@ class Training:
         self.optimizer = make_optimizer(self.model, config.optim)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         tokens = config.steps * config.batch_size * config.sequence_length
-        self.compiled = should_compile(config.compile, self.model.config, tokens, config.sequence_length)
+        self.compiled = should_compile(
+            config.compile, self.model.config, tokens, config.sequence_length, config.lora
+        )
         self.updater = TrainStep(
             self.model,
             self.optimizer,
@@ -75,6 +83,7 @@ class Training:
             "guard": self.guard.state_dict(),
             "random": random_state(),
             "data": self.data.train.fingerprint(),
+            "base": self.base,
             "config": self.config.model_dump(mode="json"),
             "surroundings": self._surroundings(),
         }
@@ -97,7 +106,7 @@ class Training:
         if not steps:
             return None
         saved = self.checkpoints.read_state(steps[-1])
-        run.require_same_run(self.config, self.data.train.fingerprint(), saved)
+        run.require_same_run(self.config, self.data.train.fingerprint(), self.base, saved)
         self._restore(steps[-1])
         self.guard.load_state_dict(saved["guard"])
         self.seconds = saved["seconds"]
@@ -215,13 +224,18 @@ class Training:
         raise KeyboardInterrupt
 
     def finish(self) -> TrainResult:
-        """Writes the model folder; returns the figures."""
+        """Writes the model's folder, or the adapter's; returns the figures."""
         self.checkpoints.wait()
-        folder = self.config.out / "model"
+        kind = "model" if self.config.lora is None else "adapter"
+        folder = self.config.out / kind
         weights = parallel.whole_state_dict(self.model) if self.sharded else None
         if parallel.is_main():
-            save_model(self.model, folder, self.data.tokenizer, state=weights)
-        self.journal.event(self.step, f"finished; the model is in {folder}")
+            if self.config.lora is not None and self.config.init_from is not None:
+                base, kept = resolve(self.config.init_from), self.config.lora.quantise
+                save_adapted(self.model, folder, self.data.tokenizer, base, kept)
+            else:
+                save_model(self.model, folder, self.data.tokenizer, state=weights)
+        self.journal.event(self.step, f"finished; the {kind} is in {folder}")
         parallel.barrier()
         rows = read_metrics(self.config.out)
         measured = [row for row in rows if "held_out_loss" in row]
@@ -230,6 +244,7 @@ class Training:
         after = measured[-1] if measured else {}
         return TrainResult(
             parameters=self.parameters,
+            trained_parameters=self.trained,
             steps=self.step,
             tokens=self.tokens,
             epochs=float(self.loader.epoch),
@@ -255,9 +270,11 @@ class Training:
     def _start_text(self) -> str:
         config = self.config
         exact = "deterministic algorithms" if config.deterministic else "algorithms that may vary"
+        adapter = f", {self.trained:,} of an adapter trained" if config.lora else ""
         return (
-            f"started: {self.parameters:,} parameters, {config.steps:,} steps of {config.batch_size} × "
-            f"{config.sequence_length} tokens on {self.device} in {str(self.dtype).removeprefix('torch.')}, "
+            f"started: {self.parameters:,} parameters{adapter}, {config.steps:,} steps of "
+            f"{config.batch_size} × {config.sequence_length} tokens on {self.device} in "
+            f"{str(self.dtype).removeprefix('torch.')}, "
             f"{parallel.world_size()} process(es), {torch.get_num_threads()} threads, "
             f"{'compiled' if self.compiled else 'not compiled'}, {exact}"
         )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -159,6 +160,15 @@ class Impatient(io.StringIO):
         if not self.left:
             signal.raise_signal(signal.SIGINT)
         return super().write(text)
+
+
+def test_the_speed_is_said_beside_the_answer(chatter: Chatter, capsys: pytest.CaptureFixture[str]) -> None:
+    chatter.run("One.")
+    said = capsys.readouterr()
+    text = chatter.answer([user("One.")], SEED)["content"]
+    n_tokens = len(chatter.engine.tokenizer.encode(text))
+    assert re.fullmatch(rf"{n_tokens} tokens · \d+\.\d tokens/s", said.err.strip())
+    assert "tokens/s" not in said.out
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_came(

@@ -55,6 +55,21 @@ def test_we_load_the_folder_of_transformers(tmp_path: Path, tied: bool) -> None:
     torch.testing.assert_close(load_model(tmp_path)(IDS), theirs(IDS).logits, atol=1e-4, rtol=0)
 
 
+def test_what_no_family_can_say_is_saved_for_danlu_alone(tmp_path: Path) -> None:
+    odd = sizes(
+        n_experts=3, expert_ffn="gelu", ffn="geglu", qk_norm=True, norm_place="both", positions="alibi"
+    )
+    model = Transformer(odd)
+    save_model(model, tmp_path / "m", StubTokenizer())
+    assert json.loads((tmp_path / "m/config.json").read_text())["architectures"] == ["DanluForCausalLM"]
+    assert "AutoModel" not in (tmp_path / "m/README.md").read_text()
+    back = load_model(tmp_path / "m")
+    assert back.config == ModelConfig(**{**odd.model_dump(), "family": "danlu"})
+    assert torch.equal(back(IDS), model(IDS))
+    with pytest.raises(ValueError, match="danlu"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+
 def test_dtype_is_the_saved_one_or_the_one_asked_for(tmp_path: Path) -> None:
     save_model(Transformer(sizes()).bfloat16(), tmp_path / "m")
     assert load_model(tmp_path / "m").head_weight.dtype == torch.bfloat16

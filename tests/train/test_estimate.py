@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from danlu.model import count
-from danlu.model.config import ModelConfig
+from danlu.model.config import LoraConfig, ModelConfig
 from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch
 from danlu.train.config import OptimConfig
@@ -57,16 +57,20 @@ import sys
 from danlu.core.host import peak_rss_bytes, reset_peak_rss
 sys.path.insert(0, sys.argv[1])
 import test_estimate as t
-rows, length, name = 16, 256, sys.argv[2]
+rows, length, name = 16, 256, sys.argv[2]  # of the optimiser, or of the adapter that adamw trains
 model = t.Transformer(t.BIG)
+if name in t.ADAPTED:
+    t.adapt(model, t.ADAPTED[name], t.torch.float32)
+    name = "adamw"
 step = t.TrainStep(model, t.make_optimizer(model, t.OptimConfig(name=name)), dtype=t.torch.float32,
                    checkpoint_activations=sys.argv[3] == "True")
 before = peak_rss_bytes()
 for _ in range(3):
     step.step([t.batch(rows, length)])
-weights = 4 * t.count.parameters(t.BIG)
+weights = sum(p.nbytes for p in model.parameters())
 print(peak_rss_bytes() - before + weights)
 """
+ADAPTED = {"lora": LoraConfig(rank=8), "nf4": LoraConfig(rank=8, quantise="nf4")}
 BIG = ModelConfig(
     **SIZES.model_dump(exclude={"width", "head_width", "ffn_width", "n_layers", "vocab_size"}),
     width=384,
@@ -77,10 +81,13 @@ BIG = ModelConfig(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "checkpointed"), [("adamw", False), ("muon", False), ("muon", True)])
+@pytest.mark.parametrize(
+    ("optimizer", "checkpointed"),
+    [("adamw", False), ("muon", False), ("muon", True), ("lora", False), ("nf4", False), ("nf4", True)],
+)
 def test_the_peak_of_a_real_step(optimizer: str, checkpointed: bool, request: pytest.FixtureRequest) -> None:
     """Within a quarter, in a process of its own."""
     command = [sys.executable, "-c", PEAK, str(request.path.parent), optimizer, str(checkpointed)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    predicted = count.training_memory(BIG, 16 * 256, 4, checkpointed, optimizer)
+    predicted = count.training_memory(BIG, 16 * 256, 4, checkpointed, optimizer, lora=ADAPTED.get(optimizer))
     assert predicted == pytest.approx(int(done.stdout), rel=0.25)

@@ -99,3 +99,29 @@ def test_a_sharded_run_resumes_and_its_checkpoint_loads_on_one_process(
     call(2, "train", settings.model_dump_json())
     again = load_model(tmp_path / "model")
     assert all(torch.equal(a, b) for a, b in zip(final.parameters(), again.parameters(), strict=True))
+
+
+def test_tensor_parallel_and_fsdp_are_one_model_and_exchange_checkpoints(tmp_path: Path) -> None:
+    """Logits and gradients; weights saved by two processes and read by one, and back."""
+    arms = {
+        "one": (1, "whole", ""),
+        "tensor": (2, "tensor", ""),
+        "fsdp": (2, "fsdp", ""),
+        "tensor-to-one": (1, "whole", "tensor"),
+        "fsdp-to-one": (1, "whole", "fsdp"),
+        "one-to-tensor": (2, "tensor", "one"),
+        "tensor-to-fsdp": (2, "fsdp", "tensor"),
+    }
+    results = {}
+    for name, (processes, way, start) in arms.items():
+        out = tmp_path / name
+        out.mkdir()
+        call(processes, "spread", str(out), way, *([str(tmp_path / start)] if start else []))
+        results[name] = torch.load(out / "result")
+    logits, gradients = results["one"]
+    for name, (ours, grads) in results.items():
+        torch.testing.assert_close(ours, logits, atol=1e-5, rtol=0, msg=name)
+        assert grads.keys() == gradients.keys()
+        # Every process has the same batch, so that FSDP2's mean of their gradients is the gradient.
+        for key, gradient in gradients.items():
+            assert (grads[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, (name, key)

@@ -1,0 +1,161 @@
+"""Meta's files: a forward pass written from the paper, with complex rotations, and what may be wrong."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from danlu.core.errors import UserError
+from danlu.model.checkpoint import load_model, resolve, sizes_of
+from danlu.model.meta import ffn_width
+
+PARAMS = {
+    "dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 40, "multiple_of": 16,
+    "norm_eps": 1e-5, "rope_theta": 500000.0,
+}  # fmt: skip
+FFN = 128
+IDS = torch.randint(0, 40, (2, 30), generator=torch.Generator().manual_seed(1))
+
+
+def tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    kv = 48 // 6 * 2
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (40, 48), "norm": (48,), "output": (40, 48)}
+    for i in range(2):
+        layer = f"layers.{i}."
+        shapes |= {f"{layer}attention.w{n}": (rows, 48) for n, rows in (("q", 48), ("k", kv), ("v", kv))}
+        shapes |= {
+            f"{layer}attention.wo": (48, 48),
+            f"{layer}attention_norm": (48,),
+            f"{layer}ffn_norm": (48,),
+        }
+        shapes |= {f"{layer}feed_forward.w{n}": (FFN, 48) for n in (1, 3)}
+        shapes |= {f"{layer}feed_forward.w2": (48, FFN)}
+    return {f"{name}.weight": torch.randn(shape) * 0.3 + (len(shape) == 1) for name, shape in shapes.items()}
+
+
+def reference(w: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """LLaMA as its paper and RoFormer (equation 13, complex numbers) say, with neighbouring pairs rotated."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
+
+    b, t, head = *ids.shape, 8
+    angle = torch.outer(torch.arange(t).double(), 500000.0 ** (-torch.arange(0, head, 2).double() / head))
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn).flatten(-2).float()
+
+    x = w["tok_embeddings.weight"][ids]
+    for i in range(2):
+        p = f"layers.{i}."
+        h = norm(x, f"{p}attention_norm")
+        q, k, v = (F.linear(h, w[f"{p}attention.w{n}.weight"]).view(b, t, -1, head) for n in "qkv")
+        q, k = rotated(q), rotated(k)
+        k, v = (z.repeat_interleave(3, dim=2) for z in (k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / head**0.5
+        scores = scores.masked_fill(torch.ones(t, t).triu(1).bool(), float("-inf")).softmax(-1)
+        y = torch.einsum("bhqk,bkhd->bqhd", scores, v).flatten(2)
+        x = x + F.linear(y, w[f"{p}attention.wo.weight"])
+        h = norm(x, f"{p}ffn_norm")
+        gate, up = (F.linear(h, w[f"{p}feed_forward.w{n}.weight"]) for n in (1, 3))
+        x = x + F.linear(F.silu(gate) * up, w[f"{p}feed_forward.w2.weight"])
+    return F.linear(norm(x, "norm"), w["output.weight"])
+
+
+def write(folder: Path, parts: int = 1, embedding_by: int = 0, **changes: Any) -> dict[str, Tensor]:
+    """Cuts the tensors as Megatron's layers do: rows of what reads the stream, columns of what writes it."""
+    whole = tensors()
+    files: list[dict[str, Tensor]] = [{} for _ in range(parts)]
+    for name, tensor in whole.items():
+        along = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+        along = embedding_by if name == "tok_embeddings.weight" else along
+        pieces = tensor.chunk(parts, along) if tensor.ndim == 2 else [tensor] * parts
+        for file, piece in zip(files, pieces, strict=True):
+            file[name] = piece.clone()
+    folder.mkdir(exist_ok=True)
+    for number, file in enumerate(files):
+        torch.save({**file, "rope.freqs": torch.ones(4)}, folder / f"consolidated.{number:02}.pth")
+    (folder / "params.json").write_text(json.dumps({**PARAMS, **changes}))
+    return whole
+
+
+@pytest.mark.parametrize(("parts", "embedding_by"), [(1, 0), (2, 0), (2, 1)])
+@torch.no_grad()
+def test_logits_are_those_of_the_formulas(tmp_path: Path, parts: int, embedding_by: int) -> None:
+    whole = write(tmp_path, parts, embedding_by)
+    assert resolve(tmp_path) == tmp_path
+    model = load_model(tmp_path)
+    expected = reference(whole, IDS)
+    assert expected.std() >= 1
+    assert (model(IDS) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (model.config.vocab_size, model.config.max_positions) == (40, 8192)
+
+
+@pytest.mark.parametrize(
+    ("width", "multiple_of", "factor", "expected"),
+    [
+        (4096, 256, None, 11008),  # LLaMA 7B, as its Hugging Face config says
+        (8192, 256, None, 22016),  # 65B
+        (8192, 4096, 1.3, 28672),  # LLaMA 2 70B, LLaMA 3 70B
+        (4096, 1024, 1.3, 14336),  # LLaMA 3 8B
+        (2048, 256, 1.5, 8192),  # LLaMA 3.2 1B
+    ],
+)
+def test_the_width_of_the_feed_forward(
+    width: int, multiple_of: int, factor: float | None, expected: int
+) -> None:
+    assert ffn_width(width, multiple_of, factor) == expected
+
+
+def test_what_params_say(tmp_path: Path) -> None:
+    write(tmp_path, use_scaled_rope=True, rope_scaling_factor=32.0, vocab_size=-1)
+    sizes = sizes_of(tmp_path)
+    assert sizes.rope_scaling is not None
+    assert (sizes.rope_scaling.kind, sizes.rope_scaling.factor, sizes.max_positions) == (
+        "llama3",
+        32.0,
+        131072,
+    )
+    assert sizes.vocab_size == 40
+    write(tmp_path / "one", norm_eps=1e-6, rope_theta=10000.0)
+    assert sizes_of(tmp_path / "one").max_positions == 2048
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+def test_damaged_folders_are_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / "m")
+
+    write(tmp_path / "m", 2)
+    (tmp_path / "m/consolidated.00.pth").rename(tmp_path / "m/away")
+    refused("consolidated.00.pth is not there")
+    write(tmp_path / "m", 2)
+    (tmp_path / "m/consolidated.01.pth").write_bytes((tmp_path / "m/consolidated.01.pth").read_bytes()[:900])
+    refused("consolidated.01.pth")
+    (tmp_path / "m/consolidated.01.pth").write_bytes(pickle.dumps({"output.weight": Evil()}))
+    refused("could run code")
+    assert not Path("ran").exists()
+    torch.save({"norm.weight": torch.ones(48)}, tmp_path / "m/consolidated.01.pth")
+    refused("other tensors than consolidated.00.pth")
+    write(tmp_path / "m", n_layers=3)
+    (tmp_path / "m/consolidated.01.pth").unlink()
+    refused("no tensor layers.2")
+    write(tmp_path / "m", dim="wide")
+    refused("params.json")
+    write(tmp_path / "m", multiple_of=32, ffn_dim_multiplier=2.0)
+    refused("feed_forward.w1.weight has shape")
