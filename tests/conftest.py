@@ -2,12 +2,16 @@
 
 import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from real_runs import DANLU, TINY, Quickstart, conversations, danlu
+
+# A background job ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
