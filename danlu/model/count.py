@@ -118,7 +118,7 @@ def flops_per_token(
     Kaplan et al. 2020, table 1. `lora`: see `_adapter_flops`. What is computed twice is counted once: QKᵀ of
     attention by blocks, and a layer under `checkpoint_activations`.
     """
-    forward = 2 * matmul_parameters(config)
+    forward: float = 2 * matmul_parameters(config)
     forward += sum(_attention_flops(config, layer, sequence_length) for layer in range(config.n_layers))
     if lora is None:
         return forward * (3 if backward else 1)
