@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from danlu.core.errors import UserError
 from danlu.model.adapters import load_adapter, save_adapter
 from danlu.model.checkpoint import load_model
-from danlu.model.lora import LoraConfig, add_adapter
+from danlu.model.lora import LoraConfig, add_adapter, use_adapter
 from danlu.model.transformer import Transformer
 
 IDS = torch.randint(0, 128, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -135,6 +135,25 @@ def test_patterns_that_peft_writes(kind: dict[str, Any], tmp_path: Path) -> None
 def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(base)
     return peft.PeftModel.from_pretrained(model, adapter).eval()(IDS).logits
+
+
+@torch.no_grad()
+def test_two_adapters_from_files_on_one_base(tmp_path: Path) -> None:
+    """Of other ranks and on other matrices; each gives what it gives alone."""
+    _, ours = bases("LlamaConfig", tmp_path / "base")
+    plain, wanted = ours(IDS), {}
+    for name, matrices, rank in (("first", ["q_proj", "up_proj"], 3), ("second", ["down_proj"], 5)):
+        config = peft.LoraConfig(r=rank, target_modules=matrices, init_lora_weights=False)
+        wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+        wrapped.save_pretrained(tmp_path / name)
+        wanted[name] = wrapped.eval()(IDS).logits
+        load_adapter(ours, tmp_path / name, name)
+        close(ours(IDS), wanted[name])  # the last one is active
+    use_adapter(ours, "first")
+    close(ours(IDS), wanted["first"])
+    assert not torch.allclose(wanted["first"], wanted["second"], atol=0.1)
+    use_adapter(ours, None)
+    assert torch.equal(ours(IDS), plain)
 
 
 def change(folder: Path, **settings: Any) -> None:
