@@ -217,11 +217,12 @@ def training_memory(
     from 6 to 40 million parameters: as much as the activations of `work` more layers.
 
     With `lora` the base has neither gradient nor state, and is kept in the dtype of the activations, or
-    packed; it is loaded in float32, which may be the peak.
+    packed; it is loaded in float32, which may be the peak. Each matrix gives its output in four parts then
+    (its own, the adapter's, that times s, the sum), which was measured as three more layers.
     """
     layer = activation_bytes(config, bytes_per_activation, compiled)
     kept = config.width * bytes_per_activation if checkpoint_activations else layer
-    work = 3 if compiled else 5
+    work = (3 if compiled else 5) + 3 * (lora is not None)
     ends = 4 * config.width * bytes_per_activation  # embedding, last norm, and their gradients
     logits = 10 * max(2**22, 64 * config.vocab_size)  # of one chunk of the loss, in two dtypes
     compiler = 150_000_000 if compiled else 0

@@ -13,8 +13,8 @@ The rule, written before the first run:
   the file's order: 120 held out, of which every second one is for choosing the rate and the others for the
   result; then 500 to train on. Loss: nats a token of the replies.
 - Arms: full (all weights), and adapters on q, k, v and out of attention with r = 1, 4, 16, 64 (α = 32, no
-  dropout). Each 100 steps of 5 × 160 tokens, about one pass; AdamW without decay, 10 steps of
-  warm-up, then cosine to a tenth, clipping at 1. Same rows in the same order for all arms of a seed.
+  dropout). Each 100 steps of 5 × 160 tokens, about one pass; AdamW without decay, 10 steps of warm-up, then
+  cosine to a tenth, clipping at 1. Same rows in the same order for all arms of a seed.
 - Rate: 10^(k/2), of each arm by itself, from k = −8 (full) or −6 (adapters, about ten times more): as long as
   a neighbour of the best so far is better on the rows for choosing, it is the best; first seed.
 - Seeds: 3, of the adapter's start and the order of the rows, for full and r = 16; the other ranks on the
@@ -27,8 +27,8 @@ The rule, written before the first run:
   as above (from k = −5 both). "Adapters are worse" holds when the lower end of the difference is at least
   0.05 nats.
 - Of the run with r = 16 and the first seed: "teaches" holds when the held-out loss falls by at least 3 % and
-  the interval of the change excludes 0; "forgets little" when bits per byte on unrelated text (50 pieces of at
-  most 600 characters, WikiText-2's validation part below $DANLU_DATA, else the conversations of
+  the interval of the change excludes 0; "forgets little" when bits per byte on unrelated text (50 pieces of
+  at most 600 characters, WikiText-2's validation part below $DANLU_DATA, else the conversations of
   chitchat-dataset) rise by less than 2 %, whole interval; both paired bootstraps of rows or pieces. "Fits a
   laptop": under 10 minutes from loading to the written adapter, and under 6 GB resident at most, here.
 - Controls (null = as said): before the first step full and r = 16 have the same loss (to 1e-6); the same
