@@ -14,8 +14,9 @@ from danlu.core.errors import UserError
 from danlu.model.checkpoint import save_model
 from danlu.model.config import ModelConfig
 from danlu.model.transformer import Transformer
-from danlu.papers import lora, rows
+from danlu.papers import arms, lora, rows
 from danlu.papers.config import ReproduceConfig
+from danlu.papers.protocol import relative_change
 from danlu.tokens.bpe import train_bpe
 from danlu.tokens.chat import render
 from danlu.tokens.shards import Shards, ShardWriter
@@ -65,7 +66,7 @@ def test_the_rate_is_found_downhill_and_nothing_is_run_twice() -> None:
             asked.append(k)
             return abs(k + 3.2)
 
-        assert lora.best_rate(loss, start) == -3
+        assert arms.best_rate(loss, start) == -3
         assert len(asked) == len(set(asked)) == abs(start + 3) + 3
 
 
@@ -95,9 +96,9 @@ def test_nats_of_documents_are_those_of_transformers(tmp_path: Path) -> None:
                 logits = theirs(torch.tensor([ids[start:target]])).logits[0, -1]
             total -= mask[target] * float(logits.log_softmax(0)[ids[target]])
         want.append(total)
-    got = lora.document_nats(model, Shards(tmp_path), length, rows=3)
+    got = arms.document_nats(model, Shards(tmp_path), length, rows=3)
     assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
-    assert lora.learnt_tokens(Shards(tmp_path)) == [sum(mask[1:]) for _, mask in documents]
+    assert arms.learnt_tokens(Shards(tmp_path)) == [sum(mask[1:]) for _, mask in documents]
 
 
 def test_rows_are_different_ones_that_fit(data: Path, tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_claims_can_come_out_either_way() -> None:
     assert lora.gain_claim([0.9 * x for x in before], before).verdict == "holds"
     assert lora.gain_claim([0.98 * x for x in before], before).verdict == "does not hold"
     uncertain = [x * (0.5 if n % 2 else 1.38) for n, x in enumerate(before)]
-    assert lora.relative_change(uncertain, before)[0] < -0.03
+    assert relative_change(uncertain, before)[0] < -0.03
     assert lora.gain_claim(uncertain, before).verdict == "does not hold"
     assert lora.forgetting_claim([1.01 * x for x in before], before).verdict == "holds"
     assert lora.forgetting_claim([1.03 * x for x in before], before).verdict == "does not hold"

@@ -12,7 +12,6 @@ from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch
 from danlu.train.config import OptimConfig
 from danlu.train.optim import make_optimizer
-from danlu.train.run import adapt
 from danlu.train.step import TrainStep
 
 SIZES = ModelConfig(
