@@ -84,7 +84,7 @@ def test_flops_of_a_training_step(
     if targets is not None:
         lora = LoraConfig(rank=4, targets=targets)
         add_adapter(model, lora)
-    n_tokens = 512
+    n_tokens = 256
     want = count.flops_per_token(sizes, n_tokens, lora=lora)
     want += blocks_beyond_the_count(n_tokens, layers_backward)
     assert step_flops(model, n_tokens) == pytest.approx(want, rel=1e-9)

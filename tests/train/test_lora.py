@@ -23,7 +23,7 @@ from danlu.train.pretrain import pretrain
 from danlu.train.sft import sft
 
 LORA = {"rank": 4, "alpha": 8.0}
-SHORT = {"steps": 6, "eval_every": 0, "checkpoint_every": 100}
+SHORT = {"steps": 6, "eval_every": 0, "eval_batches": 1, "checkpoint_every": 100}
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +120,7 @@ def danlu_params() -> Any:
 def test_stopped_and_resumed_equals_never_stopped(
     text_tokens: Path, base: Path, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
-    more = {
-        "checkpoint_activations": True,
-        "accumulate": 2,
-        "steps": 5,
-        "checkpoint_every": 2,
-        "eval_every": 0,
-    }
+    more = {**SHORT, "checkpoint_activations": True, "accumulate": 2, "steps": 5, "checkpoint_every": 2}
     whole = lora_config(text_tokens, tmp_path / "whole", base, lora, **more)
     pretrain(whole)
     stopped = lora_config(text_tokens, tmp_path / "stopped", base, lora, **more)
@@ -161,12 +155,12 @@ def test_bf16_keeps_the_base_in_bf16(text_tokens: Path, base: Path, tmp_path: Pa
 
 def test_another_base_is_refused(text_tokens: Path, base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
-    settings = lora_config(text_tokens, tmp_path / "run", tmp_path / "base", steps=4)
+    settings = lora_config(text_tokens, tmp_path / "run", tmp_path / "base", steps=1, eval_batches=1)
     pretrain(settings)
     shutil.move(tmp_path / "base", tmp_path / "away")
     with pytest.raises(UserError, match="is gone"):
         danlu.load(tmp_path / "run")
-    pretrain(config(text_tokens, tmp_path / "base", steps=2))
+    pretrain(config(text_tokens, tmp_path / "base", steps=1, eval_batches=1))
     with pytest.raises(UserError, match="another content than the base"):
         danlu.load(tmp_path / "run")
     with pytest.raises(UserError, match="an adapter for another base"):
@@ -223,10 +217,9 @@ def test_settings_that_do_not_go_with_an_adapter(
         lora_config(text_tokens, tmp_path, base, **changes)
 
 
-def test_an_adapter_on_an_adapter_is_refused(text_tokens: Path, base: Path, tmp_path: Path) -> None:
-    pretrain(lora_config(text_tokens, tmp_path / "first", base, steps=1))
+def test_an_adapter_on_an_adapter_is_refused(text_tokens: Path, adapted: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="danlu merge"):
-        pretrain(lora_config(text_tokens, tmp_path / "second", tmp_path / "first", steps=1))
+        pretrain(lora_config(text_tokens, tmp_path / "second", adapted, steps=1))
 
 
 @pytest.mark.slow
