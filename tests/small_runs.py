@@ -1,6 +1,7 @@
 """Training runs of seconds, and how they are stopped and compared."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,6 @@ class StopAt(Hooks):
         return scale
 
 
-def run_until(settings: TrainConfig, step: int) -> None:
+def run_until(settings: TrainConfig, step: int, train: Callable[..., Any] = pretrain) -> None:
     with pytest.raises(ConnectionAbortedError):
-        pretrain(settings, StopAt(step))
+        train(settings, StopAt(step))

@@ -52,6 +52,7 @@ def write_adapter(model: Transformer, folder: Path, name: str = "default", base:
         raise UserError(f'no adapter is called "{name}"', "name one that was added")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     for entry, modules in _matrices(model):
         adapters = [layers[module].adapter(name) for module in modules if module in layers]
         if not adapters:
@@ -62,21 +63,21 @@ def write_adapter(model: Transformer, folder: Path, name: str = "default", base:
                 f"adapt all of {', '.join(name_in_layer(module) for module in modules)}",
             )
         a, b, m = _join(adapters, _rows(entry.layout), model.config)
-        key = _PREFIX + entry.theirs.removesuffix(".weight")
-        tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
-        tensors |= {} if m is None else {f"{key}.lora_magnitude_vector": m}
-        ranks[entry.theirs.removesuffix(".weight")] = len(a)
+        matrix = entry.theirs.removesuffix(".weight")
+        tensors |= {f"{_PREFIX}{matrix}.lora_A.weight": a, f"{_PREFIX}{matrix}.lora_B.weight": b}
+        tensors |= {} if m is None else {f"{_PREFIX}{matrix}.lora_magnitude_vector": m}
+        ranks[matrix] = len(a)
+        alphas[matrix] = _alpha(adapters[0].config, len(a))
     config = next(iter(layers.values())).adapter(name).config
-    rank = min(ranks.values())
-    other = {module: own for module, own in ranks.items() if own != rank}
+    rank, alpha = min(ranks.values()), min(alphas.values())
     settings = {
         **_PLAIN,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": _alpha(config, rank),
-        "rank_pattern": other,
-        "alpha_pattern": {module: _alpha(config, own) for module, own in other.items()},
+        "lora_alpha": alpha,
+        "rank_pattern": {matrix: own for matrix, own in ranks.items() if own != rank},
+        "alpha_pattern": {matrix: own for matrix, own in alphas.items() if own != alpha},
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "use_dora": config.dora,
@@ -167,14 +168,20 @@ def read_config(folder: Path) -> LoraConfig:
 
 
 def _own_config(folder: Path, config: LoraConfig, module: str) -> LoraConfig:
-    """The settings of one of their matrices, which rank_pattern and alpha_pattern may name."""
+    """The settings of one of their matrices: of each kind the first pattern that matches, as PEFT does."""
     hf = read_json(folder / ADAPTER)
-    own = {}
-    for field, key in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
-        for pattern, value in (hf.get(key) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                own[field] = value
-    return config.model_copy(update=own)
+    own: dict[str, float] = {}
+    try:
+        for field, key in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
+            for pattern, value in reversed((hf.get(key) or {}).items()):
+                if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                    own[field] = value
+        return LoraConfig.model_validate({**config.model_dump(), **own})
+    except (AttributeError, ValueError, re.error) as error:
+        raise UserError(
+            f"{folder / ADAPTER}: rank_pattern or alpha_pattern: {error}",
+            "the file is damaged; fetch it again",
+        ) from None
 
 
 def _matrices(model: Transformer) -> list[tuple[Entry, list[str]]]:

@@ -31,19 +31,23 @@ def active_parameters(config: ModelConfig) -> int:
 
 def layer_matrices(config: ModelConfig) -> list[tuple[str, int, int]]:
     """(name within its layer, rows, columns) of every matrix of the layers; of all experts."""
+    return [matrix for layer in range(config.n_layers) for matrix in _matrices_of(config, layer)]
+
+
+def _matrices_of(config: ModelConfig, layer: int) -> list[tuple[str, int, int]]:
+    """Those of one layer, in the order in which a token goes through them."""
     q_width, kv_width = config.n_heads * config.head_width, config.n_kv_heads * config.head_width
-    found = []
-    for layer in range(config.n_layers):
-        found += [("attention.q", q_width, config.width), ("attention.out", config.width, q_width)]
-        found += [(f"attention.{name}", kv_width, config.width) for name in ("k", "v")]
-        places, width, kind = ["ffn"], config.ffn_width, config.ffn
-        if config.has_experts(layer):
-            found.append(("ffn.router", config.n_experts, config.width))
-            places = [f"ffn.experts.{number}" for number in range(config.n_experts)]
-            width, kind = config.expert_width or width, config.expert_ffn or kind
-        for place in places:
-            found += [(f"{place}.{name}", width, config.width) for name in ("up", *["gate"] * is_gated(kind))]
-            found.append((f"{place}.down", config.width, width))
+    found = [("attention.q", q_width, config.width)]
+    found += [(f"attention.{name}", kv_width, config.width) for name in ("k", "v")]
+    found.append(("attention.out", config.width, q_width))
+    places, width, kind = ["ffn"], config.ffn_width, config.ffn
+    if config.has_experts(layer):
+        found.append(("ffn.router", config.n_experts, config.width))
+        places = [f"ffn.experts.{number}" for number in range(config.n_experts)]
+        width, kind = config.expert_width or width, config.expert_ffn or kind
+    for place in places:
+        found += [(f"{place}.{name}", width, config.width) for name in ("up", *["gate"] * is_gated(kind))]
+        found.append((f"{place}.down", config.width, width))
     return found
 
 
@@ -121,17 +125,65 @@ def flops_per_token(
 
     Two operations a multiply-add; a token sees T / 2 earlier ones on average, by two products (QKᵀ, PV) of
     width d: 2 · 2 · d · T / 2 a layer, less in a layer with a window. Backward costs twice the forward pass.
-    Kaplan et al. 2020, table 1. Under an adapter (`lora`) the backward pass leaves out the gradients of the
-    N frozen weights, and costs as much as the forward pass there: 4 N, and 6 for each number of the adapter.
+    Kaplan et al. 2020, table 1. `lora`: see `_adapter_flops`. What is computed twice is counted once: QKᵀ of
+    attention by blocks, and a layer under `checkpoint_activations`.
     """
-    heads = config.n_heads * config.head_width
-    seen = sum(_mean_seen(sequence_length, config.window_of(layer)) for layer in range(config.n_layers))
-    forward = 2 * matmul_parameters(config) + 4 * heads * seen
+    forward: float = 2 * matmul_parameters(config)
+    forward += sum(_attention_flops(config, layer, sequence_length) for layer in range(config.n_layers))
     if lora is None:
         return forward * (3 if backward else 1)
-    own = 2 * adapter_parameters(config, lora)
-    frozen = 2 * matmul_parameters(config)
-    return 3 * (forward + own) - frozen if backward else forward + own
+    own, back = _adapter_flops(config, sequence_length, lora)
+    return forward + own + (back if backward else 0)
+
+
+def _attention_flops(config: ModelConfig, layer: int, length: int) -> float:
+    """Of QKᵀ and PV in one layer, forward, for one token."""
+    return 4 * config.n_heads * config.head_width * _mean_seen(length, config.window_of(layer))
+
+
+_FLOW = {
+    "q": ("stream", "mixed"),
+    "k": ("stream", "mixed"),
+    "v": ("stream", "mixed"),
+    "out": ("mixed", "sum"),
+    "router": ("sum", "end"),
+    "up": ("sum", "inner"),
+    "gate": ("sum", "inner"),
+    "down": ("inner", "end"),
+}
+"""Matrix of a layer: (what it reads, what it goes into)."""
+
+
+def _adapter_flops(config: ModelConfig, length: int, lora: LoraConfig) -> tuple[float, float]:
+    """What an adapter adds to the forward pass, and the whole backward pass under it, for one token.
+
+    An adapter on a matrix of n × m costs 2 r (n + m) forward and twice that backward. A frozen matrix has no
+    gradient of its own; that of its input costs 2 n m, and is needed only where an adapter stands below it:
+    nothing below the first one is run backward. The same holds for attention, and for A's input. So with
+    adapters everywhere it is close to 4 N, and 6 for each number of the adapter. The output matrix is frozen
+    and gives its input's gradient. Left out: DoRA's B A and lengths, once a batch, and its second product
+    under dropout.
+    """
+    forward = backward = 0.0
+    reached = False  # whether an adapter stands below
+    for layer in range(config.n_layers):
+        below = dict.fromkeys(("stream", "mixed", "sum", "inner", "end"), reached)
+        for name, rows, columns in _matrices_of(config, layer):
+            adapted = lora.adapts(name)
+            share = config.n_active / config.n_experts if ".experts." in name else 1
+            reads, goes_into = _FLOW[name.rsplit(".", 1)[1]]
+            if goes_into == "sum" and config.parallel_residual:
+                goes_into = "end"
+            forward += share * adapted * 2 * lora.rank * (rows + columns)
+            backward += share * adapted * 2 * lora.rank * (2 * rows + columns)
+            backward += share * below[reads] * 2 * columns * (rows + adapted * lora.rank)
+            below[goes_into] |= adapted or below[reads]
+        backward += below["mixed"] * 2 * _attention_flops(config, layer, length)
+        reached = any(below.values())
+    head = (
+        _head_parameters(config) - config.embedding_width * config.width
+    )  # the embedding's projection is below
+    return forward, backward + reached * 2 * head
 
 
 def _mean_seen(length: int, window: int) -> float:
@@ -175,11 +227,12 @@ def training_memory(
     from 6 to 40 million parameters: as much as the activations of `work` more layers.
 
     With `lora` the base has neither gradient nor state, and is kept in the dtype of the activations, or
-    packed; it is loaded in float32, which may be the peak.
+    packed; it is loaded in float32, which may be the peak. Each matrix gives its output in four parts then
+    (its own, the adapter's, that times s, the sum), which was measured as three more layers.
     """
     layer = activation_bytes(config, bytes_per_activation, compiled)
     kept = config.width * bytes_per_activation if checkpoint_activations else layer
-    work = 3 if compiled else 5
+    work = (3 if compiled else 5) + 3 * (lora is not None)
     ends = 4 * config.width * bytes_per_activation  # embedding, last norm, and their gradients
     logits = 10 * max(2**22, 64 * config.vocab_size)  # of one chunk of the loss, in two dtypes
     compiler = 150_000_000 if compiled else 0

@@ -13,6 +13,8 @@ class ReproduceConfig(Config):
     name: str = Field(description="the experiment, e.g. opt-logbook")
     out: Path | None = Field(None, description="folder of the result; default runs/reproduce/NAME")
     data: InputPath | None = Field(
-        None, description="text to use; default: what $DANLU_DATA holds, else conversations from a package"
+        None,
+        description="text, or conversations for lora; default: what $DANLU_DATA holds, else what a package "
+        "carries",
     )
     seed: int = Field(0, ge=0, description="first seed; the others follow it")

@@ -99,18 +99,29 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 def bootstrap_interval(
-    values: Sequence[float],
+    values: Sequence[Any],
     statistic: Callable[..., Any] = np.mean,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap over items; `statistic` takes an array and `axis`."""
+    """Percentile bootstrap over items, each a number or several; `statistic` takes an array and `axis`."""
     items = np.asarray(values, dtype=np.float64)
     draws = np.random.default_rng(seed).integers(0, len(items), (resamples, len(items)))
     tail = (1 - confidence) / 2
     low, high = np.quantile(statistic(items[draws], axis=1), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def relative_change(after: Sequence[float], before: Sequence[float]) -> tuple[float, Interval]:
+    """Σ after / Σ before − 1 over the same items, with its paired bootstrap interval."""
+
+    def change(pairs: np.ndarray, axis: int) -> Any:
+        sums = pairs.sum(axis)
+        return sums[..., 0] / sums[..., 1] - 1
+
+    pairs = np.stack([after, before], 1)
+    return float(change(pairs, 0)), bootstrap_interval(pairs.tolist(), change)
 
 
 def write_result(result: Result, folder: Path) -> None:

@@ -11,6 +11,7 @@ from danlu.papers.protocol import Result, print_result, write_result
 
 EXPERIMENTS = {
     "compression": "danlu.papers.compression:run",
+    "lora": "danlu.papers.lora:run",
     "opt-logbook": "danlu.papers.opt_logbook:run",
 }
 """name: "module:function", which takes (config, folder) and returns a protocol.Result."""

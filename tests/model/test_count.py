@@ -1,5 +1,7 @@
 """Counts against torch's own."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from danlu.model import count
 from danlu.model.cache import KVCache
 from danlu.model.config import LoraConfig, ModelConfig
+from danlu.model.cross_entropy import linear_cross_entropy
 from danlu.model.lora import add_adapter
 from danlu.model.sizes import SIZES, fields_of
 from danlu.model.transformer import Transformer
@@ -30,6 +33,62 @@ def test_flops() -> None:
     want = count.flops_per_token(SMALL, n_tokens, backward=False) + extra
     assert counter.get_total_flops() / n_tokens == pytest.approx(want)
     assert count.flops_per_token(SMALL, n_tokens) == 3 * count.flops_per_token(SMALL, n_tokens, False)
+
+
+def step_flops(model: Transformer, n_tokens: int) -> float:
+    """For one token, by torch's count of the products that a training step really runs."""
+    ids = torch.randint(0, model.config.vocab_size, (1, n_tokens))
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.hidden(ids).flatten(0, 1)
+        loss = linear_cross_entropy(
+            hidden, model.head_weight, ids.flatten(), torch.ones(n_tokens), model.head_bias
+        )
+        loss.backward()
+    return counter.get_total_flops() / n_tokens
+
+
+def blocks_beyond_the_count(n_tokens: int, layers_backward: int) -> float:
+    """What attention by blocks of 128 runs beyond `flops_per_token`, for one token.
+
+    Each of its products (2 forward, 5 backward, of which QKᵀ is the second time) goes to the end of the
+    query's block, 64 keys further on average; and the second QKᵀ isn't counted at all.
+    """
+    product = 2 * SIZES.width  # for each key
+    further = 64 * product * (2 * SIZES.n_layers + 5 * layers_backward)
+    return further + n_tokens / 2 * product * layers_backward
+
+
+MOE = {"n_experts": 4, "n_active": 2, "expert_width": 48, "moe_layers": (True, False)}
+PARALLEL = {"parallel_residual": True, "one_norm": True, "ffn": "gelu"}
+NARROW = {"embedding_width": 32, "tied_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    "more", [{}, *(pytest.param(m, marks=pytest.mark.slow) for m in (MOE, PARALLEL, NARROW))]
+)
+@pytest.mark.parametrize(
+    ("targets", "layers_backward"),
+    [
+        (None, 2),  # all weights are trained
+        (("attention.*", "ffn.*"), 2),
+        (("attention.[qv]",), 2),
+        (("attention.out",), 1),
+        (("ffn.*down",), 1),
+        (("ffn.*gate", "ffn.*up"), 1),
+    ],
+)
+def test_flops_of_a_training_step(
+    targets: tuple[str, ...] | None, layers_backward: int, more: dict[str, Any]
+) -> None:
+    sizes = ModelConfig.model_validate({**SIZES.model_dump(exclude={"head_width"}), **more})
+    model, lora = Transformer(sizes), None
+    if targets is not None:
+        lora = LoraConfig(rank=4, targets=targets)
+        add_adapter(model, lora)
+    n_tokens = 256
+    want = count.flops_per_token(sizes, n_tokens, lora=lora)
+    want += blocks_beyond_the_count(n_tokens, layers_backward)
+    assert step_flops(model, n_tokens) == pytest.approx(want, rel=1e-9)
 
 
 def test_cache_bytes() -> None:

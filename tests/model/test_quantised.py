@@ -12,7 +12,8 @@ from danlu.model.lora import adapted_layers, add_adapter
 from danlu.model.quantised import QuantisedLinear, nf4_values, quantise, unpack
 from danlu.model.transformer import Transformer
 
-# QLoRA (Dettmers et al. 2023), appendix E.
+# QLoRA (Dettmers et al. 2023), appendix E; to all digits as in bitsandbytes 0.50.2 by the paper's authors
+# (bitsandbytes/backends/utils.py, _NF4_QUANT_TABLE).
 PUBLISHED = [
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),

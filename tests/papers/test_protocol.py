@@ -14,6 +14,7 @@ from danlu.papers.protocol import (
     at_most,
     bootstrap_interval,
     judged,
+    relative_change,
     t_interval,
     t_quantile,
     write_result,
@@ -53,6 +54,18 @@ def test_bootstrap_interval_is_close_to_the_normal_one() -> None:
     low, high = bootstrap_interval(values.tolist())
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+
+
+def test_relative_change_is_paired() -> None:
+    """Items of very different sizes that all change by a tenth: hardly any doubt. The delta method agrees."""
+    chance = np.random.default_rng(0)
+    before = chance.uniform(1, 1000, 300)
+    after = before * chance.normal(0.9, 0.05, 300)
+    value, (low, high) = relative_change(after.tolist(), before.tolist())
+    assert value == pytest.approx(after.sum() / before.sum() - 1)
+    residuals = after - (1 + value) * before
+    half = 1.96 * residuals.std() * 300**0.5 / before.sum()
+    assert (low, high) == pytest.approx((value - half, value + half), abs=0.2 * half)
 
 
 def test_a_verdict_needs_the_whole_interval() -> None:

@@ -23,12 +23,13 @@ from danlu.train.pretrain import pretrain
 from danlu.train.sft import sft
 
 LORA = {"rank": 4, "alpha": 8.0}
+SHORT = {"steps": 6, "eval_every": 0, "eval_batches": 1, "checkpoint_every": 100}
 
 
 @pytest.fixture(scope="module")
 def base(text_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "pretrain"
-    pretrain(config(text_tokens, folder, steps=20, eval_batches=0))
+    pretrain(config(text_tokens, folder, steps=20, eval_every=0, eval_batches=1, checkpoint_every=100))
     return folder
 
 
@@ -39,6 +40,17 @@ def lora_config(
     return config(data, out, **values)
 
 
+@pytest.fixture(scope="module", params=["none", pytest.param("nf4", marks=pytest.mark.slow)])
+def adapted(
+    text_tokens: Path, base: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Path:
+    """A run that trained an adapter on `base`, kept in either way."""
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    more = {"quantise": request.param}
+    pretrain(lora_config(text_tokens, folder, base, more, optim={"lr": 0.02}, **SHORT))
+    return folder
+
+
 def adapter_hash(out: Path) -> str:
     return hashlib.sha256((out / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
 
@@ -46,7 +58,10 @@ def adapter_hash(out: Path) -> str:
 IDS = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kept", [pytest.param("none", marks=pytest.mark.slow), "int8", "nf4"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kept", [pytest.param("none", marks=SLOW), pytest.param("int8", marks=SLOW), "nf4"])
 def test_an_adapter_learns_and_is_a_model(chat_tokens: Path, base: Path, tmp_path: Path, kept: str) -> None:
     """The folder's model has the loss that the run measured; the base is as it was, and the files small."""
     before = weights_hash(base)
@@ -55,8 +70,10 @@ def test_an_adapter_learns_and_is_a_model(chat_tokens: Path, base: Path, tmp_pat
         tmp_path / "sft",
         base,
         {"quantise": kept},
-        steps=25,
-        eval_batches=0,
+        steps=16,
+        optim={"lr": 1e-2},
+        eval_every=0,
+        checkpoint_every=100,
         sample_prompts=["Hi"],
     )
     result = sft(settings)
@@ -83,7 +100,7 @@ def test_an_adapter_learns_and_is_a_model(chat_tokens: Path, base: Path, tmp_pat
 
 def pretrain_loss(ref: Path, data: Path, out: Path) -> float:
     """Held-out loss of a model before a run's first step, adapters merged."""
-    values = {"model": None, "init_from": ref, "steps": 1, "eval_batches": 0}
+    values = {"model": None, "init_from": ref, "steps": 1, "eval_every": 0}
     return sft(config(data, out, **values)).held_out_loss_before
 
 
@@ -97,17 +114,17 @@ def danlu_params() -> Any:
     "lora",
     [
         {"dropout": 0.3},
-        pytest.param({"quantise": "nf4", "dora": True, "dropout": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"quantise": "nf4", "dora": True, "dropout": 0.1}, marks=SLOW),
     ],
 )
 def test_stopped_and_resumed_equals_never_stopped(
     text_tokens: Path, base: Path, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
-    more = {"checkpoint_activations": True, "accumulate": 2}
+    more = {**SHORT, "checkpoint_activations": True, "accumulate": 2, "steps": 5, "checkpoint_every": 2}
     whole = lora_config(text_tokens, tmp_path / "whole", base, lora, **more)
     pretrain(whole)
     stopped = lora_config(text_tokens, tmp_path / "stopped", base, lora, **more)
-    for step in (3, 10):
+    for step in (3, 5):
         run_until(stopped, step)
     pretrain(stopped)
     assert adapter_hash(whole.out) == adapter_hash(stopped.out)
@@ -138,12 +155,12 @@ def test_bf16_keeps_the_base_in_bf16(text_tokens: Path, base: Path, tmp_path: Pa
 
 def test_another_base_is_refused(text_tokens: Path, base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
-    settings = lora_config(text_tokens, tmp_path / "run", tmp_path / "base", steps=4)
+    settings = lora_config(text_tokens, tmp_path / "run", tmp_path / "base", steps=1, eval_batches=1)
     pretrain(settings)
     shutil.move(tmp_path / "base", tmp_path / "away")
     with pytest.raises(UserError, match="is gone"):
         danlu.load(tmp_path / "run")
-    pretrain(config(text_tokens, tmp_path / "base", steps=2))
+    pretrain(config(text_tokens, tmp_path / "base", steps=1, eval_batches=1))
     with pytest.raises(UserError, match="another content than the base"):
         danlu.load(tmp_path / "run")
     with pytest.raises(UserError, match="an adapter for another base"):
@@ -156,15 +173,11 @@ def test_another_base_is_refused(text_tokens: Path, base: Path, tmp_path: Path) 
     danlu.load(tmp_path / "moved")
 
 
-@pytest.mark.parametrize("kept", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
-def test_merged_gives_the_logits_of_the_adapter(
-    text_tokens: Path, base: Path, tmp_path: Path, kept: str
-) -> None:
+def test_merged_gives_the_logits_of_the_adapter(adapted: Path, tmp_path: Path) -> None:
     import transformers
 
-    pretrain(lora_config(text_tokens, tmp_path / "run", base, {"quantise": kept}, optim={"lr": 0.02}))
-    result = merge_adapter(MergeConfig(adapter=tmp_path / "run", out=tmp_path / "merged"))
-    unmerged, _ = danlu.load(tmp_path / "run")
+    result = merge_adapter(MergeConfig(adapter=adapted, out=tmp_path / "merged"))
+    unmerged, _ = danlu.load(adapted)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         want, got = unmerged(IDS), theirs(IDS).logits
@@ -179,11 +192,10 @@ def test_merged_gives_the_logits_of_the_adapter(
 
 
 def test_a_merge_that_differs_is_an_error_and_leaves_nothing(
-    text_tokens: Path, base: Path, tmp_path: Path
+    adapted: Path, base: Path, tmp_path: Path
 ) -> None:
-    pretrain(lora_config(text_tokens, tmp_path / "run", base, optim={"lr": 0.02}))
     with pytest.raises(UserError, match="the merged model's logits differ"):
-        merge_adapter(MergeConfig(adapter=tmp_path / "run", out=tmp_path / "merged", tolerance=1e-12))
+        merge_adapter(MergeConfig(adapter=adapted, out=tmp_path / "merged", tolerance=1e-12))
     assert not (tmp_path / "merged").exists()
     with pytest.raises(UserError, match="is no adapter"):
         merge_adapter(MergeConfig(adapter=base, out=tmp_path / "merged"))
@@ -205,10 +217,9 @@ def test_settings_that_do_not_go_with_an_adapter(
         lora_config(text_tokens, tmp_path, base, **changes)
 
 
-def test_an_adapter_on_an_adapter_is_refused(text_tokens: Path, base: Path, tmp_path: Path) -> None:
-    pretrain(lora_config(text_tokens, tmp_path / "first", base, steps=1))
+def test_an_adapter_on_an_adapter_is_refused(text_tokens: Path, adapted: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="danlu merge"):
-        pretrain(lora_config(text_tokens, tmp_path / "second", tmp_path / "first", steps=1))
+        pretrain(lora_config(text_tokens, tmp_path / "second", adapted, steps=1))
 
 
 @pytest.mark.slow
