@@ -29,7 +29,7 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, raw: bytes, window: 
         raise UserError(f"window is {window}", "give at least 2 tokens, or 0 for the model's context")
     nats, done = 0.0, 0
     with torch.no_grad(), Progress("bits per byte", len(tokens), "tokens") as progress:
-        for ids, targets, weights in windows.scoring_windows(rows, lengths, tokenizer.eos_id, window):
+        for ids, targets, weights in windows.scoring_windows(rows, lengths, tokenizer.start_id, window):
             for part in range(0, len(ids), 8):
                 batch = _batch(ids[part : part + 8], targets[part : part + 8], weights[part : part + 8])
                 nats -= float((log_probabilities(model, batch).double() * batch.weights).sum())

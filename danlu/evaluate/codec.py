@@ -131,10 +131,10 @@ def compress_bytes(raw: bytes, ref: str) -> bytes:
     header.model, header.original, header.versions = model_hash(model, tokenizer), checksum(raw), versions()
     if not tokens:
         return header.to_bytes()
-    header.probe = _probe(model, header, tokenizer.eos_id)
+    header.probe = _probe(model, header, tokenizer.start_id)
     rows, lengths = windows.split_streams(tokens, streams), windows.stream_lengths(len(tokens), streams)
     token_bytes = np.array([len(entry) for entry in tokenizer.token_bytes])
-    stepper = windows.Stepper(model, streams, tokenizer.eos_id, window)
+    stepper = windows.Stepper(model, streams, tokenizer.start_id, window)
     coded = encode_streams(stepper, rows, lengths, token_bytes)
     plain = [tokenizer.decode_bytes(row[:n].tolist()) for row, n in zip(rows, lengths, strict=True)]
     # A stream that the model doesn't make smaller is stored as it is.
@@ -208,8 +208,8 @@ def _decode(header: Header, bodies: list[bytes], stored: np.ndarray, ref: str, w
     if model_hash(model, tokenizer) != header.model:
         raise UserError(f"{where}: was compressed with another model than {ref}", "give that model")
     with threads(header.threads):
-        require_probe(_probe(model, header, tokenizer.eos_id), header, versions(), where)
-        stepper = windows.Stepper(model, header.streams, tokenizer.eos_id, header.window)
+        require_probe(_probe(model, header, tokenizer.start_id), header, versions(), where)
+        stepper = windows.Stepper(model, header.streams, tokenizer.start_id, header.window)
         lengths = windows.stream_lengths(header.tokens, header.streams)
         rows = decode_streams(stepper, bodies, lengths, stored)
     return b"".join(

@@ -20,6 +20,7 @@ from danlu.model.gguf import GgufFile, load_gguf, read_config
 from danlu.model.meta import META, MetaFiles
 from danlu.model.quantised import quantise
 from danlu.model.transformer import Transformer
+from danlu.tokens.load import load_tokenizer
 from danlu.tokens.tokenizer import Tokenizer
 
 
@@ -55,8 +56,10 @@ def save_model(
 
 def _special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
     """None where there is none: a family's own defaults would be ids of another vocabulary."""
-    bos, eos = (None, None) if tokenizer is None else (tokenizer.bos_id, tokenizer.eos_id)
-    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+    if tokenizer is None:
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    eos = None if tokenizer.eos is None else tokenizer.eos_id
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": eos}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -161,7 +164,7 @@ def load(
         return load_gguf(path, dtype, device)
     if is_adapter(path):
         return _load_adapted(path, dtype, device)
-    return load_model(path, dtype, device), Tokenizer.load(path)
+    return load_model(path, dtype, device), load_tokenizer(path)
 
 
 def sizes_of(ref: str | Path) -> ModelConfig:
@@ -245,4 +248,4 @@ def _load_adapted(
     quantise(model, kept)
     load_adapter(model, folder)
     model.to(device=device, dtype=dtype)
-    return model.eval(), Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else own
+    return model.eval(), load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else own

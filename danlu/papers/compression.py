@@ -56,6 +56,7 @@ from danlu.model.transformer import Transformer
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.corpus import prepare_tokens
 from danlu.papers.protocol import Claim, Control, Result, at_least, at_most, judged, save_plot, t_interval
+from danlu.tokens.load import load_tokenizer
 from danlu.tokens.tokenizer import Tokenizer
 from danlu.train import prequential
 from danlu.train.config import OptimConfig, ScheduleConfig, TrainConfig
@@ -86,7 +87,7 @@ def run(config: ReproduceConfig, folder: Path) -> Result:
     tokens = prepare_tokens(source, folder / "tokens", VOCABULARY)
     data = folder / "tokens" / "data"
     text, training = plain_text(data / "held_out.jsonl.zst"), plain_text(data / "train.jsonl.zst")
-    documents = _single_documents(data / "held_out.jsonl.zst", Tokenizer.load(tokens))
+    documents = _single_documents(data / "held_out.jsonl.zst", load_tokenizer(tokens))
     others, apart = compressor_bits(text, training), _apart(documents)
     seeds = list(range(config.seed, config.seed + SEEDS))
     models = [_train(tokens, folder / "runs" / f"seed-{seed}", seed) for seed in seeds]
@@ -176,7 +177,7 @@ def code_apart(documents: Sequence[bytes], model: Path) -> float:
     rows = np.zeros((len(ids), lengths.max()), np.int64)
     for row, tokens in zip(rows, ids, strict=True):
         row[: len(tokens)] = tokens
-    stepper = windows.Stepper(transformer, len(ids), tokenizer.eos_id, CONTEXT)
+    stepper = windows.Stepper(transformer, len(ids), tokenizer.start_id, CONTEXT)
     coded = codec.encode_streams(stepper, rows, lengths)
     return 8 * sum(map(len, coded)) / sum(map(len, documents))
 
@@ -243,7 +244,7 @@ def _controls(
     """The file decoded; an untrained model; random bytes."""
     untrained = folder / "untrained"
     torch.manual_seed(0)
-    save_model(Transformer(SIZES), untrained, Tokenizer.load(tokens))
+    save_model(Transformer(SIZES), untrained, load_tokenizer(tokens))
     short = text[:RANDOM]
     noise = np.random.default_rng(0).bytes(RANDOM)
     guess = 8 * len(codec.compress_bytes(short, str(untrained))) / len(short)

@@ -69,8 +69,8 @@ from danlu.papers.protocol import (
 )
 from danlu.papers.rows import fitting, instructions, row_source, split, unrelated_pieces, unrelated_source
 from danlu.tokens.config import TokenizeConfig
+from danlu.tokens.load import load_tokenizer
 from danlu.tokens.tokenize import tokenize
-from danlu.tokens.tokenizer import Tokenizer
 
 RANK = 16
 """Of the adapter that is judged."""
@@ -188,7 +188,7 @@ def _scratch(setup: Setup, config: ReproduceConfig, folder: Path) -> Task:
     tokens = prepare_tokens(source, folder / "text", setup.scratch.vocab_size)
     base = folder / "random"
     torch.manual_seed(0)  # one start for all arms and seeds
-    save_model(Transformer(setup.scratch), base, Tokenizer.load(tokens))
+    save_model(Transformer(setup.scratch), base, load_tokenizer(tokens))
     return Task(
         name="random",
         base=str(base),

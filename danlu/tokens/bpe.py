@@ -12,7 +12,7 @@ from danlu.core.verbs import Estimate
 from danlu.data.documents import read_documents
 from danlu.tokens.chat import CHATML
 from danlu.tokens.config import TokenizerConfig
-from danlu.tokens.tokenizer import Tokenizer
+from danlu.tokens.tokenizer import Tokenizer, begin_with
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -61,6 +61,7 @@ def bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             show_progress=False,
         ),
     )
+    begin_with(backend, END_OF_TEXT)
     return Tokenizer(backend, END_OF_TEXT, END_OF_TEXT, [TURN_END, END_OF_TEXT], CHATML)
 
 

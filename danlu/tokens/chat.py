@@ -1,17 +1,24 @@
 """One renderer from a conversation to ids and loss mask, for training and for serving.
 
 The template writes the turns with each content between two marks, which no text holds; the marks say
-where contents are, and are taken out again. So content is encoded as plain text whatever it spells, the
-frame around it with its special tokens, and the mask is known, not guessed. Since each piece is encoded by
-itself, the ids of a training example begin with exactly the ids that serving would prompt with.
+where contents are, and are taken out again. So special tokens are found in the template's own text only,
+whatever a content spells, and the mask is known, not guessed.
+
+The text is cut at special tokens, and where the prompt for a reply ends, and each part is encoded by
+itself: the ids of a training example begin with exactly the ids that serving would prompt with. Everything
+from there to the stop token is learnt, the blanks that the template writes around a reply included.
 """
 
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import jinja2
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from danlu.core.errors import UserError
@@ -31,7 +38,7 @@ CHATML = """\
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 """Unicode noncharacters: reserved for a program's own use, never part of a text."""
 
-_CONTENT = re.compile(f"{_OPEN}([au])(.*?){_CLOSE}", re.DOTALL)
+_CONTENT = re.compile(f"{_OPEN}([0-9]+);(.*?){_CLOSE}", re.DOTALL)
 
 
 @dataclass
@@ -42,92 +49,187 @@ class Rendered:
     mask: list[bool]
 
 
+Span = tuple[int, int]
+"""Begin and end in a rendered text."""
+
+
+@dataclass
+class _Turns:
+    """A rendered text, and where things are in it.
+
+    contents: of each message, in their order; special: of the frame's special tokens; replies: for each of
+    the assistant's turns where its prompt ends (there it begins) and where its content ends.
+    """
+
+    text: str
+    contents: list[Span]
+    special: list[Span]
+    replies: list[Span]
+
+
 def render(messages: Messages, tokenizer: Tokenizer, longest_reply: int = 0) -> Rendered:
     """Ids and loss mask: what the assistant says, and the token that ends its turn, are learnt.
 
-    Replies of more than `longest_reply` tokens are not learnt (0 = all are).
+    Replies of more than `longest_reply` tokens are not learnt (0 = all are). Raises UserError for a template
+    without a stop token behind a reply: a model would not learn to stop.
     """
-    return _encode(messages, tokenizer, add_generation_prompt=False, longest_reply=longest_reply)
+    turns = _turns(messages, tokenizer)
+    parts = list(_parts(turns, tokenizer))
+    learnt: list[Span] = []
+    for begin, end in turns.replies:
+        stop = _stop_behind(end, turns, tokenizer)
+        n_tokens = sum(len(ids) for (first, last), ids in parts if begin <= first and last <= stop[0])
+        if not longest_reply or n_tokens <= longest_reply:
+            learnt.append((begin, stop[1]))
+    out = Rendered([], [])
+    for (first, last), ids in parts:
+        out.ids += ids
+        out.mask += [any(begin <= first and last <= end for begin, end in learnt)] * len(ids)
+    return out
 
 
 def render_prompt(messages: Messages, tokenizer: Tokenizer) -> list[int]:
     """Ids up to where the assistant's next turn begins: what serving hands to the model."""
-    return _encode(messages, tokenizer, add_generation_prompt=True).ids
+    turns = _turns(messages, tokenizer, add_generation_prompt=True)
+    return [number for _, ids in _parts(turns, tokenizer) for number in ids]
 
 
 def render_text(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False) -> str:
     """The same as text."""
-    return _run_template(tokenizer.chat_template, messages, add_generation_prompt)
+    return _run_template(tokenizer, messages, add_generation_prompt)
 
 
-def _encode(
-    messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool, longest_reply: int = 0
-) -> Rendered:
-    out = Rendered([], [])
-    ends_turn = False
-    for text, kind in _pieces(messages, tokenizer.chat_template, add_generation_prompt):
-        if kind == "frame":
-            for ids in _frame(text, tokenizer):
-                learnt = ends_turn and ids[0] in tokenizer.stop_ids
-                out.ids += ids
-                out.mask += [learnt] * len(ids)
-                ends_turn = False
-        else:
-            ids = tokenizer.encode(text)
-            learnt = kind == "assistant" and (not longest_reply or len(ids) <= longest_reply)
-            out.ids += ids
-            out.mask += [learnt] * len(ids)
-            ends_turn = learnt
-    return out
+def _turns(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False) -> _Turns:
+    text, found = _unmark(_run_template(tokenizer, _mark(messages), add_generation_prompt))
+    kept = all(text[slice(*span)] == messages[number]["content"].strip() for number, span in found)
+    if not kept or text != _run_template(tokenizer, messages, add_generation_prompt):
+        raise UserError(
+            "the chat template changes the messages' content", "use one that inserts it as it is, or trimmed"
+        )
+    contents = dict(found)
+    if left_out := [n for n in range(len(messages)) if n not in contents]:
+        raise UserError(
+            f"the chat template leaves out message {left_out[0] + 1} ({messages[left_out[0]]['role']})",
+            "take it out of the conversation, or use another template",
+        )
+    turns = _Turns(text, [contents[n] for n in range(len(messages))], [], [])
+    turns.special = _special_in_frame(text, sorted(span for _, span in found), tokenizer)
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            begin, end = turns.contents[number]
+            turns.replies.append((_prompt_end(messages[:number], turns.text, begin, tokenizer), end))
+    return turns
 
 
-def _pieces(messages: Messages, template: str, add_generation_prompt: bool) -> list[tuple[str, str]]:
-    """(text, "frame" | "assistant" | "other"), in order."""
+def _mark(messages: Messages) -> Messages:
+    """The messages, each content between marks. Blanks stay outside: a template may trim them."""
     marked = []
-    for message in messages:
+    for number, message in enumerate(messages):
         content = message["content"]
         if _OPEN in content or _CLOSE in content:
             raise UserError("a message holds a Unicode noncharacter (U+FDD0 or U+FDD1)", "remove it")
-        who = "a" if message["role"] == "assistant" else "u"
-        marked.append({**message, "content": f"{_OPEN}{who}{content}{_CLOSE}"})
-    text = _run_template(template, marked, add_generation_prompt)
-    plain = _run_template(template, messages, add_generation_prompt)
-    pieces, end = [], 0
+        core = content.strip()
+        lead, trail = content.split(core, 1) if core else (content, "")
+        marked.append({**message, "content": f"{lead}{_OPEN}{number};{core}{_CLOSE}{trail}"})
+    return marked
+
+
+def _unmark(text: str) -> tuple[str, list[tuple[int, Span]]]:
+    """The text without its marks, and (number of the message, place of its content) for each pair of them."""
+    plain, found, end = "", [], 0
     for match in _CONTENT.finditer(text):
-        pieces.append((text[end : match.start()], "frame"))
-        pieces.append((match[2], "assistant" if match[1] == "a" else "other"))
+        plain += text[end : match.start()]
+        found.append((int(match[1]), (len(plain), len(plain) + len(match[2]))))
+        plain += match[2]
         end = match.end()
-    pieces.append((text[end:], "frame"))
-    if "".join(piece for piece, _ in pieces) != plain:
-        raise UserError("the chat template changes the messages' content", "use one that inserts it as it is")
-    return [(piece, kind) for piece, kind in pieces if piece or kind == "assistant"]
+    return plain + text[end:], found
 
 
-def _frame(text: str, tokenizer: Tokenizer) -> list[list[int]]:
-    """The template's own text; here, and only here, special tokens are special."""
-    found = []
-    for part in re.split(f"({'|'.join(map(re.escape, tokenizer.special_ids))})", text):
-        if part in tokenizer.special_ids:
-            found.append([tokenizer.special_ids[part]])
-        elif part:
-            found.append(tokenizer.encode(part))
-    return found
+def _special_in_frame(text: str, contents: list[Span], tokenizer: Tokenizer) -> list[Span]:
+    """Special tokens of the template's own text; here, and only here, they are special."""
+    if not tokenizer.special_ids:
+        return []
+    longest_first = sorted(tokenizer.special_ids, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    begins, ends = [0, *(end for _, end in contents)], [*(begin for begin, _ in contents), len(text)]
+    frames = zip(begins, ends, strict=True)
+    return [match.span() for begin, end in frames for match in pattern.finditer(text, begin, end)]
 
 
-def _run_template(template: str, messages: Messages, add_generation_prompt: bool) -> str:
-    if not template:
-        raise UserError("the tokenizer has no chat template", "use a model that was made for chat")
+def _prompt_end(before: Messages, text: str, begin: int, tokenizer: Tokenizer) -> int:
+    """Where the prompt for a reply ends, whose content begins at `begin`.
+
+    At the content itself where serving would not prompt with this text: a template may write earlier turns
+    another way, or none before the assistant's first.
+    """
     try:
-        return _compile(template).render(messages=messages, add_generation_prompt=add_generation_prompt)
-    except jinja2.TemplateError as error:
+        prompt = _run_template(tokenizer, before, add_generation_prompt=True)
+    except UserError:
+        return begin
+    return len(prompt) if len(prompt) <= begin and text.startswith(prompt) else begin
+
+
+def _stop_behind(end: int, turns: _Turns, tokenizer: Tokenizer) -> Span:
+    """The stop token behind a reply; only blanks stand between."""
+    behind = next((span for span in turns.special if span[0] >= end), (end, end))
+    if turns.text[slice(*behind)] not in tokenizer.stops or turns.text[end : behind[0]].strip():
+        raise UserError(
+            "the chat template writes no stop token behind a reply: a model would not learn to stop",
+            f"use one that does; the model's stop tokens: {', '.join(tokenizer.stops) or 'none'}",
+        )
+    return behind
+
+
+def _parts(turns: _Turns, tokenizer: Tokenizer) -> Iterator[tuple[Span, list[int]]]:
+    """The text cut at special tokens and where replies begin, each part with its ids."""
+    special = set(turns.special)
+    cuts = {0, len(turns.text), *(place for span in special for place in span)}
+    cuts |= {begin for begin, _ in turns.replies}
+    for begin, end in pairwise(sorted(cuts)):
+        part = turns.text[begin:end]
+        if (begin, end) in special:
+            yield (begin, end), [tokenizer.special_ids[part]]
+        else:
+            behind_special = any(begin == last for _, last in turns.special)
+            mid_text = begin > 0 and not (behind_special and tokenizer.prefixes_segments)
+            yield (begin, end), tokenizer.encode(part, mid_text)
+
+
+def _run_template(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template", "use a model that was made for chat")
+    named = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    named = {name: token for name, token in named.items() if token is not None}
+    try:
+        template = _compile(tokenizer.chat_template)
+        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **named)
+    except Exception as error:  # a template is a foreign program: it can raise anything
         raise UserError(f"the chat template fails on this conversation: {error}") from None
 
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> Any:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
     environment.globals["raise_exception"] = _raise
+    environment.filters["tojson"] = _to_json
     return environment.from_string(template)
+
+
+class _Generation(Extension):
+    """{% generation %}, from which transformers takes the loss mask: its content is written as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 so jinja2 has it
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """As transformers does it: characters as they are, none escaped for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _raise(message: str) -> None:

@@ -10,6 +10,7 @@ from danlu.core.errors import UserError
 from danlu.data.documents import read_rows, to_document
 from danlu.tokens.chat import render
 from danlu.tokens.config import InspectConfig
+from danlu.tokens.load import load_tokenizer
 from danlu.tokens.loader import held_out_batches
 from danlu.tokens.shards import Shards
 from danlu.tokens.tokenizer import Tokenizer
@@ -23,13 +24,13 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     `learnt`: whether the token is a target that counts. Raises UserError where there is no such example.
     """
     if config.file.is_dir():
-        tokenizer = Tokenizer.load(config.file / "tokenizer")
+        tokenizer = load_tokenizer(config.file / "tokenizer")
         return {"file": str(config.file), "index": config.index, **_sequence(config, tokenizer)}
     if config.tokenizer is None:
         raise UserError(
             "no tokenizer is given", "name a folder with one: --tokenizer runs/quickstart/tokenizer"
         )
-    tokenizer = Tokenizer.load(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     return {"file": str(config.file), "index": config.index, **_row(config, tokenizer)}
 
 

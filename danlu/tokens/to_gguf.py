@@ -1,48 +1,97 @@
 """A tokenizer of ours as what a GGUF file carries: the way back of `from_gguf.py`."""
 
 import json
+import re
 from typing import Any
 
 from tokenizers import pre_tokenizers
 
 from danlu.core.errors import UserError
-from danlu.tokens.from_gguf import CONTROL, PRE_TOKENIZERS, USER_DEFINED
-from danlu.tokens.tokenizer import Tokenizer
-
-NORMAL, UNUSED = 1, 5
+from danlu.tokens.from_gguf import PRE_TOKENIZERS
+from danlu.tokens.pieces import Kind
+from danlu.tokens.tokenizer import Tokenizer, flat_steps
 
 
 def tokenizer_to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """Keys and values. `rows`: of the model's embedding; those without an entry are padded.
 
-    Raises UserError for a tokenizer that isn't byte-level BPE, or cuts words as llama.cpp doesn't.
+    Raises UserError for a tokenizer that llama.cpp has not, and for one that is larger than the embedding.
     """
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model's embedding {rows} rows",
+            "give the tokenizer that belongs to the model",
+        )
     content = json.loads(tokenizer.backend.to_str())
-    if content["model"]["type"] != "BPE" or content["model"].get("byte_fallback"):
-        raise UserError("the tokenizer is not byte-level BPE", "danlu writes no other into GGUF yet")
+    if content["model"]["type"] != "BPE":
+        raise UserError(
+            f"a tokenizer of kind {content['model']['type']}", "danlu writes BPE into GGUF, no other"
+        )
     entries = [tokenizer.backend.id_to_token(number) for number in range(rows)]
-    added = tokenizer.backend.get_added_tokens_decoder()
-    kinds = [UNUSED if entry is None else NORMAL for entry in entries]
-    for number, token in added.items():
-        kinds[number] = CONTROL if token.special else USER_DEFINED
-    merges = content["model"]["merges"]
-    stops = [stop for stop in tokenizer.stops if stop != tokenizer.eos]
+    kinds = [Kind.UNUSED if entry is None else Kind.NORMAL for entry in entries]
+    for number, token in tokenizer.backend.get_added_tokens_decoder().items():
+        kinds[number] = Kind.CONTROL if token.special else Kind.USER_DEFINED
+    write = _sentencepiece if content["model"]["byte_fallback"] else _byte_level
     keys: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _how_words_are_cut(content),
         "tokenizer.ggml.tokens": [entry or f"[PAD{number}]" for number, entry in enumerate(entries)],
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
-        "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
-        "tokenizer.ggml.add_bos_token": tokenizer.bos_id is not None,
+        **write(content, entries, kinds),
+        "tokenizer.ggml.token_type": [int(kind) for kind in kinds],
+        "tokenizer.ggml.add_bos_token": bool(tokenizer.document_start),
     }
     if tokenizer.bos_id is not None:
         keys["tokenizer.ggml.bos_token_id"] = tokenizer.bos_id
-    if stops:
-        keys["tokenizer.ggml.eot_token_id"] = tokenizer.special_ids[stops[0]]
+    if tokenizer.eos is not None:
+        keys["tokenizer.ggml.eos_token_id"] = tokenizer.eos_id
+    # llama.cpp stops at these three; it finds the usual names of others by itself.
+    others = [
+        number
+        for number, stop in zip(tokenizer.stop_ids, tokenizer.stops, strict=True)
+        if stop != tokenizer.eos
+    ]
+    for key, number in zip(("eot", "eom"), others, strict=False):
+        keys[f"tokenizer.ggml.{key}_token_id"] = number
     if tokenizer.chat_template:
         keys["tokenizer.chat_template"] = tokenizer.chat_template
     return keys
+
+
+def _byte_level(content: dict[str, Any], entries: list[str | None], kinds: list[Kind]) -> dict[str, Any]:
+    merges = content["model"]["merges"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _how_words_are_cut(content),
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+    }
+
+
+def _sentencepiece(content: dict[str, Any], entries: list[str | None], kinds: list[Kind]) -> dict[str, Any]:
+    """llama.cpp merges by the score of what is made: here the rank of the first merge that makes it."""
+    steps = flat_steps(content["normalizer"]) + flat_steps(content["pre_tokenizer"])
+    allowed = ("Prepend", "Replace", "Metaspace")
+    if wrong := [step["type"] for step in steps if step["type"] not in allowed]:
+        raise UserError(
+            f"the tokenizer changes text ({wrong[0]}), which GGUF can't say", "convert to a folder"
+        )
+    unknown = content["model"]["unk_token"]
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(content["model"]["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault(left + right, rank)
+    scores = []
+    for number, entry in enumerate(entries):
+        if entry is not None and entry == unknown:
+            kinds[number] = Kind.UNKNOWN
+        elif entry is not None and re.fullmatch("<0x[0-9A-F]{2}>", entry):
+            kinds[number] = Kind.BYTE
+        made = kinds[number] == Kind.NORMAL and entry in ranks
+        scores.append(-float(ranks[entry or ""]) if made else -float(len(ranks)))
+    blank = any(step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in steps)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": blank,
+    }
 
 
 def _how_words_are_cut(content: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from danlu.data.prepare import PARTS
 from danlu.tokens.bpe import corpus_bytes
 from danlu.tokens.chat import render
 from danlu.tokens.config import TokenizeConfig
+from danlu.tokens.load import load_tokenizer
 from danlu.tokens.shards import Shards, ShardWriter
 from danlu.tokens.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
     Chat: documents that aren't conversations are left out, and counted. Raises UserError where nothing is
     left, and for a conversation without a reply.
     """
-    tokenizer = Tokenizer.load(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     tokenizer.save_folder(config.out / "tokenizer")
     result: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "kind": config.kind}
     for part in PARTS:
@@ -122,7 +123,7 @@ def estimate(config: TokenizeConfig, upstream: Mapping[str, Estimate]) -> Estima
     size = corpus_bytes(config.data, upstream)
     vocab_size = upstream["tokenizer"].outputs.get("vocab_size") if "tokenizer" in upstream else None
     if vocab_size is None:
-        vocab_size = Tokenizer.load(config.tokenizer).vocab_size
+        vocab_size = load_tokenizer(config.tokenizer).vocab_size
     tokens = int(size / (3.2 + 0.3 * (int(vocab_size).bit_length() - 12)))
     # Rendering conversations one by one is slower than encoding texts in groups.
     seconds = 1 + size / (4e6 if config.kind == "text" else 1e6)

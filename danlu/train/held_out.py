@@ -44,12 +44,7 @@ def evaluate(
 
 def bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:
     """(V,) int64: the bytes each token decodes to; special tokens stand for no text."""
-    special = set(tokenizer.special_ids.values())
-    lengths = [
-        0 if token in special else len(tokenizer.decode_bytes([token]))
-        for token in range(tokenizer.vocab_size)
-    ]
-    return torch.tensor(lengths)
+    return torch.tensor([len(entry) for entry in tokenizer.token_bytes])
 
 
 def _share(batches: Iterable[Batch]) -> Iterable[tuple[Batch, bool]]:

@@ -20,6 +20,7 @@ from danlu.model.config import LoraConfig, ModelConfig
 from danlu.model.lora import add_adapter, merge
 from danlu.model.quantised import quantise
 from danlu.model.transformer import Transformer
+from danlu.tokens.load import load_tokenizer
 from danlu.tokens.loader import Batch, PackedLoader, held_out_batches
 from danlu.tokens.shards import Shards
 from danlu.tokens.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ class Data:
                 raise UserError(
                     f"{config.data}: no {part} in it", "give the output folder of `danlu tokenize` as data"
                 )
-        self.tokenizer = Tokenizer.load(config.data / "tokenizer")
+        self.tokenizer = load_tokenizer(config.data / "tokenizer")
         self.train = Shards(config.data / "train")
         self.held_out = Shards(config.data / "held_out") if (config.data / "held_out").exists() else None
         if self.train.kind != kind:

@@ -12,6 +12,7 @@ from danlu.model.checkpoint import load, save_model
 from danlu.model.config import ModelConfig
 from danlu.model.transformer import Transformer
 from danlu.tokens.bpe import train_bpe
+from danlu.tokens.load import load_tokenizer
 from danlu.tokens.loader import Batch
 from danlu.tokens.tokenizer import Tokenizer
 from danlu.train.config import OptimConfig
@@ -84,7 +85,7 @@ def theirs(folder: Path) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)
 
 
 @pytest.fixture

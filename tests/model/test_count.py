@@ -80,7 +80,7 @@ NARROW = {"embedding_width": 32, "tied_embeddings": False}
 def test_flops_of_a_training_step(
     targets: tuple[str, ...] | None, layers_backward: int, more: dict[str, Any]
 ) -> None:
-    sizes = ModelConfig.model_validate({**SIZES.model_dump(exclude={"head_width"}), **more})
+    sizes = ModelConfig.model_validate({**SMALL.model_dump(exclude={"head_width"}), **more})
     model, lora = Transformer(sizes), None
     if targets is not None:
         lora = LoraConfig(rank=4, targets=targets)

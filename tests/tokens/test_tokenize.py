@@ -14,9 +14,9 @@ from danlu.tokens.bpe import train_tokenizer
 from danlu.tokens.chat import render
 from danlu.tokens.config import InspectConfig, TokenizeConfig, TokenizerConfig
 from danlu.tokens.inspect import inspect, show
+from danlu.tokens.load import load_tokenizer
 from danlu.tokens.shards import Shards
 from danlu.tokens.tokenize import cut, tokenize
-from danlu.tokens.tokenizer import Tokenizer
 
 WORDS = ["the", "furnace", "is", "hot", "and", "gold", "will", "appear", "when", "night", "falls", "over"]
 
@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_text_shards_hold_every_document(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, tok = folders
     result = tokenize(TokenizeConfig(data=data, tokenizer=tok, out=tmp_path))
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     for part in ("train", "held_out"):
         texts = [document.text for document in read_documents(data / f"{part}.jsonl.zst")]
         shards = Shards(tmp_path / part)
@@ -56,7 +56,7 @@ def test_chat_shards_hold_every_conversation_and_count_the_rest(
 ) -> None:
     data, tok = folders
     result = tokenize(TokenizeConfig(data=data, tokenizer=tok, kind="chat", out=tmp_path))
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     for part in ("train", "held_out"):
         documents = list(read_documents(data / f"{part}.jsonl.zst"))
         talks = [document.messages for document in documents if document.messages]
@@ -71,7 +71,7 @@ def test_chat_shards_hold_every_conversation_and_count_the_rest(
 
 
 def test_cutting_loses_no_turn_and_begins_with_the_user(folders: tuple[Path, Path]) -> None:
-    tokenizer = Tokenizer.load(folders[1])
+    tokenizer = load_tokenizer(folders[1])
     messages = talk(3, 12)
     parts = cut(messages, tokenizer, 100)
     assert len(parts) > 1
@@ -82,7 +82,7 @@ def test_cutting_loses_no_turn_and_begins_with_the_user(folders: tuple[Path, Pat
 
 
 def test_only_unanswered_turns_are_cut_off(folders: tuple[Path, Path]) -> None:
-    tokenizer = Tokenizer.load(folders[1])
+    tokenizer = load_tokenizer(folders[1])
     messages = talk(3, 13)
     parts = cut(messages, tokenizer, 1)
     assert [message for part in parts for message in part] == messages[:-1]
@@ -105,7 +105,7 @@ def test_inspect_shows_the_example_as_it_is_trained_on(
 ) -> None:
     data, tok = folders
     tokenize(TokenizeConfig(data=data, tokenizer=tok, kind="chat", out=tmp_path))
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     found = inspect(InspectConfig(file=tmp_path, index=0, sequence_length=120))
     documents = read_documents(data / "train.jsonl.zst")
     first = next(document.messages for document in documents if document.messages)

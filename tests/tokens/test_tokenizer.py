@@ -1,40 +1,19 @@
 """Our tokenizer beside transformers' reading of the same files; any bytes go there and back."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from some_texts import mixed_strings
+from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from danlu.core.errors import UserError
 from danlu.tokens.bpe import train_bpe
+from danlu.tokens.load import load_tokenizer
 from danlu.tokens.tokenizer import Tokenizer
-
-SCRIPTS = [
-    (0x20, 0x7E), (0xA1, 0x24F), (0x370, 0x3FF), (0x400, 0x4FF), (0x590, 0x5FF), (0x600, 0x6FF),
-    (0x900, 0x97F), (0xE00, 0xE7F), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1F64F),
-    (0x300, 0x36F), (0x2000, 0x206F), (0x09, 0x0A),
-]  # fmt: skip
-
-
-def mixed_strings(count: int) -> list[str]:
-    """Strings that change script every few characters, spaces and line ends among them."""
-    chance = random.Random(7)
-    strings = []
-    for _ in range(count):
-        runs = [chance.choice(SCRIPTS) for _ in range(chance.randint(1, 8))]
-        strings.append(
-            "".join(
-                chance.choice(["", " ", "  ", "\n"])
-                + "".join(chr(chance.randint(*run)) for _ in range(chance.randint(1, 12)))
-                for run in runs
-            )
-        )
-    return strings
 
 
 def test_transformers_gives_the_same_ids_on_a_thousand_strings(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -49,7 +28,7 @@ def test_transformers_gives_the_same_ids_on_a_thousand_strings(tokenizer: Tokeni
 def test_saved_and_loaded_it_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save_folder(tmp_path / "tokenizer")
     for folder in (tmp_path, tmp_path / "tokenizer"):
-        back = Tokenizer.load(folder)
+        back = load_tokenizer(folder)
         assert back.fingerprint() == tokenizer.fingerprint()
         assert (back.eos_id, back.bos_id, back.stop_ids) == (0, 0, [2, 0])
         assert back.chat_template == tokenizer.chat_template
@@ -70,12 +49,20 @@ def test_any_bytes_go_there_and_back(raw: bytes) -> None:
     assert tokenizer.decode_bytes(tokenizer.encode_bytes(raw)) == raw
 
 
-def test_a_tokenizer_that_normalises_gives_no_other_bytes() -> None:
+def test_bytes_are_not_normalised() -> None:
     tokenizer = train_bpe(["The furnace is hot.\n"] * 20, 270)
     tokenizer.backend.normalizer = normalizers.NFC()
-    assert tokenizer.decode_bytes(tokenizer.encode_bytes("café".encode())) == "café".encode()
-    with pytest.raises(UserError, match="changes this text"):
-        tokenizer.encode_bytes("cafe\u0301".encode())
+    assert tokenizer.encode("cafe\u0301") == tokenizer.encode("café")
+    for text in ("café", "cafe\u0301"):
+        assert tokenizer.decode_bytes(tokenizer.encode_bytes(text.encode())) == text.encode()
+
+
+def test_bytes_that_would_not_come_back_are_refused() -> None:
+    tokenizer = train_bpe(["The furnace is hot.\n"] * 20, 270)
+    words = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), tokenizer.backend.pre_tokenizer])
+    tokenizer.backend.pre_tokenizer = words
+    with pytest.raises(UserError, match="the same bytes"):
+        tokenizer.encode_bytes(b"The furnace")
 
 
 def any_bytes_tokenizer(cache: list[Tokenizer] = []) -> Tokenizer:  # noqa: B006 made once
@@ -98,8 +85,10 @@ def test_a_vocabulary_larger_than_the_text_supports_names_what_it_does() -> None
     [
         ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer"),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json, line 1: not valid JSON"),
-        ("tokenizer_config.json", "{}", "no eos_token"),
-        ("tokenizer.json", None, r"tokenizer\.json: no such file"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json: not an object"),
+        ("tokenizer_config.json", '{"eos_token": 3}', "eos_token is 3"),
+        ("tokenizer_config.json", '{"eos_token": "<end>"}', "the vocabulary has no '<end>'"),
+        ("tokenizer.json", None, r"tokenizer: holds no tokenizer"),
     ],
 )
 def test_a_broken_folder_is_one_message(
@@ -111,7 +100,7 @@ def test_a_broken_folder_is_one_message(
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match=message):
-        Tokenizer.load(tmp_path / "tokenizer")
+        load_tokenizer(tmp_path / "tokenizer")
 
 
 def test_the_bytes_of_every_token_are_those_of_the_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from small_runs import MODEL, VOCABULARY, StopAt, config, run_until, weights_has
 
 from danlu.core.errors import UserError
 from danlu.core.metrics import read_metrics
+from danlu.tokens.load import load_tokenizer
 from danlu.tokens.loader import Batch, held_out_batches
 from danlu.tokens.shards import Shards
-from danlu.tokens.tokenizer import Tokenizer
 from danlu.train.checkpoint import load_weights_and_moments
 from danlu.train.loop import Hooks
 from danlu.train.pretrain import pretrain
@@ -45,7 +45,7 @@ def test_a_run_learns_and_tells(text_tokens: Path, tmp_path: Path) -> None:
 def test_bits_per_byte_equals_the_loss_over_the_bytes(text_tokens: Path, tmp_path: Path) -> None:
     """By decoding what was predicted: nats / ln 2 / bytes of the held-out text."""
     result = pretrain(config(text_tokens, tmp_path, eval_batches=0))
-    tokenizer = Tokenizer.load(text_tokens / "tokenizer")
+    tokenizer = load_tokenizer(text_tokens / "tokenizer")
     targets: list[int] = []
     for batch in held_out_batches(Shards(text_tokens / "held_out"), 4, 32):
         targets += batch.targets[batch.weights > 0].tolist()
