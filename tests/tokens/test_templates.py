@@ -47,10 +47,12 @@ LLAMA3 = """\
 {{ bos_token }}{% for message in messages %}\
 {{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}\
 {{ message['content'] | trim + '<|eot_id|>' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+{% endfor %}\
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 SMOLLM3 = """\
 {% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}\
-{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% endfor %}\
+{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}\
+{{ '\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
