@@ -164,7 +164,14 @@ def load(
         return load_gguf(path, dtype, device)
     if is_adapter(path):
         return _load_adapted(path, dtype, device)
-    return load_model(path, dtype, device), load_tokenizer(path)
+    return load_model(path, dtype, device), load_tokenizer(_tokenizer_of(path))
+
+
+def _tokenizer_of(folder: Path) -> Path:
+    """Meta gives out one tokenizer.model for several sizes, in the folder above theirs."""
+    above = folder.absolute().parent / meta.TOKENIZER
+    alone = is_meta(folder) and not (folder / meta.TOKENIZER).is_file()
+    return above if alone and above.is_file() else folder
 
 
 def sizes_of(ref: str | Path) -> ModelConfig:

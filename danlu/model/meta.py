@@ -16,6 +16,7 @@ from danlu.model.families import Family, names
 from danlu.model.weights import open_pickled
 
 PARAMS = "params.json"
+TOKENIZER = "tokenizer.model"
 _OUTER = {"embedding": "tok_embeddings", "norm": "norm", "head": "output"}
 _INNER = {
     "layers.{i}.attention_norm": "layers.{i}.attention_norm",

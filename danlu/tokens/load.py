@@ -30,6 +30,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     config.json, where they are. Raises UserError where nothing is found, or something doesn't fit.
     """
     path = Path(path)
+    if not path.exists() and not path.suffix:
+        raise UserError(
+            f"{path}: no such folder", "an alias or a .gguf file is converted first: danlu convert SRC FOLDER"
+        )
     if (path / "tokenizer" / "tokenizer.json").is_file():
         path = path / "tokenizer"
     folder = _Folder.read(path if path.is_dir() else None)
@@ -124,7 +128,8 @@ def _backend(path: Path, settings: Mapping[str, Any]) -> tuple[tokenizers.Tokeni
         return _vocabulary_and_merges(path, settings), None, None
     raise UserError(
         f"{path}: holds no tokenizer",
-        "danlu reads tokenizer.json, tokenizer.model, *.tiktoken, or vocab.json with merges.txt",
+        "danlu reads tokenizer.json, tokenizer.model, *.tiktoken, or vocab.json with merges.txt; "
+        "convert a .gguf file or an alias first: danlu convert SRC FOLDER",
     )
 
 

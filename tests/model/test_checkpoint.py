@@ -14,31 +14,26 @@ from danlu.model.checkpoint import load_model, resolve, save_model
 from danlu.model.config import ModelConfig
 from danlu.model.families import to_hf
 from danlu.model.transformer import Transformer
+from danlu.tokens.bpe import bpe
 
 IDS = torch.arange(40)[None]
 
 
-class StubTokenizer:
-    """What save_model asks of a tokenizer."""
-
-    bos_id, eos_id, stop_ids = None, 0, [0, 2]
-
-    def save(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
+TOKENIZER = bpe(["the cat sat"], 260)
 
 
 def sizes(**changes: object) -> ModelConfig:
-    values = {"vocab_size": 60, "width": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_width": 48}
+    values = {"vocab_size": 260, "width": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_width": 48}
     return ModelConfig(**{**values, **changes})
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_loads_our_folder(tmp_path: Path, tied: bool) -> None:
     model = Transformer(sizes(tied_embeddings=tied, norm_eps=1e-4, rope_theta=5e4))
-    save_model(model, tmp_path / "m", StubTokenizer())
+    save_model(model, tmp_path / "m", TOKENIZER)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert theirs.dtype == torch.float32
-    assert theirs.generation_config.eos_token_id == [0, 2]
+    assert theirs.generation_config.eos_token_id == TOKENIZER.stop_ids == [2, 0]
     assert (tmp_path / "m/README.md").read_text().startswith("---\nlibrary_name: transformers")
     torch.testing.assert_close(theirs(IDS).logits, model(IDS), atol=1e-4, rtol=0)
     back = load_model(tmp_path / "m")
@@ -60,7 +55,7 @@ def test_what_no_family_can_say_is_saved_for_danlu_alone(tmp_path: Path) -> None
         n_experts=3, expert_ffn="gelu", ffn="geglu", qk_norm=True, norm_place="both", positions="alibi"
     )
     model = Transformer(odd)
-    save_model(model, tmp_path / "m", StubTokenizer())
+    save_model(model, tmp_path / "m", TOKENIZER)
     assert json.loads((tmp_path / "m/config.json").read_text())["architectures"] == ["DanluForCausalLM"]
     assert "AutoModel" not in (tmp_path / "m/README.md").read_text()
     back = load_model(tmp_path / "m")
