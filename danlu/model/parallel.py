@@ -10,16 +10,18 @@ Without torchrun everything here is a no-op, so that the same code runs on a lap
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from danlu.core.errors import UserError
 from danlu.model.transformer import Transformer
+
+Way = Literal["ddp", "fsdp", "tensor"]
 
 
 def rank() -> int:
@@ -80,6 +82,11 @@ def any_of(flag: bool) -> bool:
     return any(gather(flag)) if world_size() > 1 else flag
 
 
+def data_processes(way: Way) -> int:
+    """How many processes have data of their own; in tensor parallelism all have the same."""
+    return 1 if way == "tensor" else world_size()
+
+
 def sum_over_ranks(values: list[float]) -> list[float]:
     """Element-wise sum over the processes, in float64."""
     if world_size() == 1:
@@ -87,6 +94,17 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def spread(model: Transformer, way: Way) -> bool:
+    """Spreads a model over all processes, in place; whether each now holds only a part of its weights."""
+    if world_size() == 1 or way == "ddp":
+        return False
+    if way == "fsdp":
+        shard(model, list(model.layers))
+    else:
+        split_matrices(model, init_device_mesh(model.head_weight.device.type, (world_size(),)))
+    return True
 
 
 def shard(model: nn.Module, blocks: list[nn.Module]) -> None:

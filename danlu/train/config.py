@@ -114,8 +114,10 @@ class TrainConfig(StageConfig):
     deterministic: bool = Field(
         True, description="deterministic algorithms: a resumed run is exact to the bit"
     )
-    parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="under torchrun: ddp = data-parallel, fsdp = fully sharded (FSDP2)"
+    parallel: Literal["ddp", "fsdp", "tensor"] = Field(
+        "ddp",
+        description="under torchrun: ddp = data-parallel, fsdp = fully sharded (FSDP2), tensor = each matrix "
+        "split over the processes, which all have the same batch",
     )
     tensorboard: bool = Field(False, description="also write TensorBoard events")
 
@@ -133,8 +135,10 @@ class TrainConfig(StageConfig):
             raise ValueError("lora needs init_from, the model that the adapter is put on")
         if self.optim.name == "muon":
             raise ValueError("lora with optim.name muon: adapters are trained by adamw")
-        if self.parallel == "fsdp":
-            raise ValueError("lora with parallel fsdp: a frozen base isn't sharded; set parallel ddp")
+        if self.parallel != "ddp":
+            raise ValueError(
+                f"lora with parallel {self.parallel}: a frozen base isn't spread; set parallel ddp"
+            )
         if self.lora.quantise != "none" and self.compile == "on":
             raise ValueError("lora.quantise with compile on: a packed base isn't compiled; set compile off")
         return self

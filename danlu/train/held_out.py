@@ -23,21 +23,26 @@ class HeldOut:
 
 
 def evaluate(
-    model: Transformer, batches: Iterable[Batch], token_bytes: torch.Tensor, device: torch.device
+    model: Transformer,
+    batches: Iterable[Batch],
+    token_bytes: torch.Tensor,
+    device: torch.device,
+    way: parallel.Way = "ddp",
 ) -> HeldOut:
-    """Every supervised token of `batches` once, spread over the processes.
+    """Every supervised token of `batches` once, spread over the processes that have data of their own.
 
     `token_bytes` (V,): bytes of text that each token stands for (`bytes_per_token`).
     """
+    share = parallel.data_processes(way) > 1
     sums = [0.0, 0.0, 0.0]  # nats, tokens, bytes
     with torch.no_grad():
-        for batch, counts in _share(batches):
+        for batch, counts in _share(batches) if share else ((batch, True) for batch in batches):
             here = batch.to(device)
             weights = here.weights if counts else torch.zeros_like(here.weights)
             sums[0] -= float((log_probabilities(model, here).double() * weights).sum())
             sums[1] += float(weights.sum())
             sums[2] += float((token_bytes.to(device)[here.targets] * (weights > 0)).sum())
-    nats, tokens, text_bytes = parallel.sum_over_ranks(sums)
+    nats, tokens, text_bytes = parallel.sum_over_ranks(sums) if share else sums
     bits = nats / math.log(2)
     return HeldOut(nats / max(tokens, 1), bits / text_bytes if text_bytes else math.nan, int(tokens))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from danlu.core.device import choose_dtype
@@ -29,7 +30,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             matrices.append(parameter)
         else:
             embeddings.append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": embeddings, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
@@ -41,9 +42,18 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     }
     if config.name == "adamw":
         groups[0]["params"] = [*embeddings, *matrices]
-        return AdamW([group for group in groups if group["params"]], **adamw)
+    groups = [{**group, "params": alike} for group in groups for alike in by_kind(group["params"])]
+    if config.name == "adamw":
+        return AdamW(groups, **adamw)
     muon = Muon(matrices, config.muon_lr, config.momentum, config.weight_decay)
     return Joined([muon, AdamW(groups, **adamw)])
+
+
+def by_kind(tensors: list[Any]) -> list[list[Any]]:
+    """Those that are spread over processes, and the others: one operation can't take both."""
+    spread = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    return [alike for alike in (spread, whole) if alike]
 
 
 class Muon(Optimizer):

@@ -53,7 +53,7 @@ class Data:
 
     def loader(self, config: TrainConfig) -> PackedLoader:
         """This process's share of every batch."""
-        processes, parts = parallel.world_size(), config.accumulate
+        processes, parts = parallel.data_processes(config.parallel), config.accumulate
         if config.batch_size % (processes * parts):
             raise UserError(
                 f"batch_size {config.batch_size} does not divide by processes × accumulate = "
@@ -65,7 +65,7 @@ class Data:
             config.batch_size // processes,
             config.sequence_length,
             seed=config.seed,
-            rank=parallel.rank(),
+            rank=parallel.rank() if processes > 1 else 0,
             world_size=processes,
         )
         if not loader.plan.n_rows:
@@ -79,7 +79,7 @@ class Data:
         """One pass over the held-out tokens, or its first `eval_batches` × `batch_size` sequences."""
         if self.held_out is None or self.held_out.n_supervised == 0:
             return iter(())
-        parts = parallel.world_size() * config.accumulate
+        parts = parallel.data_processes(config.parallel) * config.accumulate
         batches = held_out_batches(self.held_out, config.batch_size // parts, config.sequence_length)
         return itertools.islice(batches, config.eval_batches * parts or None)
 

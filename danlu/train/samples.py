@@ -15,7 +15,7 @@ def sample(model: Transformer, tokenizer: Tokenizer, config: TrainConfig, kind: 
 
     Leaves torch's random generator as it was. A sharded model is gathered on the main process's CPU.
     """
-    if parallel.world_size() > 1 and config.parallel == "fsdp":
+    if parallel.world_size() > 1 and config.parallel != "ddp":
         weights = parallel.whole_state_dict(model)
         model = Transformer(model.config)
         if parallel.is_main():

@@ -13,10 +13,12 @@ from torch.optim import Optimizer
 
 from danlu.core.allocator import keep_freed_memory
 from danlu.core.errors import UserError
+from danlu.model import parallel
 from danlu.model.cross_entropy import linear_cross_entropy
 from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch
 from danlu.train.compiling import compiled_layers
+from danlu.train.optim import by_kind
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,13 @@ class TrainStep:
         compile: bool = False,
         clip: float = 1.0,
         checkpoint_activations: bool = False,
+        way: parallel.Way = "ddp",
     ) -> None:
-        """`clip`: largest global norm of the gradient, 0 = none; `compile`: see `compiling.py`."""
+        """`clip`: largest global norm of the gradient, 0 = none; `compile`: see `compiling.py`.
+
+        `way`: how the model is spread over processes (`parallel.spread`).
+        """
+        self.shares_data = parallel.data_processes(way) > 1
         self.model, self.optimizer, self.clip, self.compile = model, optimizer, clip, compile
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.sharded = isinstance(model, FSDPModule)
@@ -63,13 +70,11 @@ class TrainStep:
         """
         loss, n_supervised = self.accumulate(batches)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        result = StepResult(loss, n_supervised, norm.item())
+        result = StepResult(loss, n_supervised, _total_norm(gradients))
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             if self.clip and result.grad_norm > self.clip:
-                torch._foreach_mul_(gradients, self.clip / result.grad_norm)
+                for alike in by_kind(gradients):
+                    torch._foreach_mul_(alike, self.clip / result.grad_norm)
             self.optimizer.step()
         self.optimizer.zero_grad()
         return result
@@ -101,8 +106,13 @@ class TrainStep:
         (loss * dist.get_world_size() if self.sharded else loss).backward()
         return loss.detach()
 
-    @staticmethod
-    def _sum_over_processes(value: Tensor) -> Tensor:
-        if dist.is_initialized():
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        if self.shares_data:
             dist.all_reduce(value)
         return value
+
+
+def _total_norm(gradients: list[Tensor]) -> float:
+    """The length of all gradients together, also where some are spread and others whole."""
+    norms = [torch.nn.utils.get_total_norm(alike) for alike in by_kind(gradients)]
+    return math.hypot(*(n.full_tensor().item() if isinstance(n, DTensor) else n.item() for n in norms))

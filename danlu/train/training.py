@@ -46,9 +46,7 @@ class Training:
         self.loader = self.data.loader(config)
         self.batches = iter(self.loader)
         self.token_bytes = held_out.bytes_per_token(self.data.tokenizer)
-        self.sharded = parallel.world_size() > 1 and config.parallel == "fsdp"
-        if self.sharded:
-            parallel.shard(self.model, list(self.model.layers))
+        self.sharded = parallel.spread(self.model, config.parallel)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         tokens = config.steps * config.batch_size * config.sequence_length
@@ -61,6 +59,7 @@ class Training:
             dtype=self.dtype,
             compile=self.compiled,
             clip=config.optim.clip,
+            way=config.parallel,
             checkpoint_activations=config.checkpoint_activations,
         )
         self.guard = Guard(config.guard)
@@ -202,7 +201,7 @@ class Training:
         if parallel.agree(self.journal.has(self.step, "held_out_loss")):  # done before a kill
             return
         batches = self.data.held_out_batches(self.config)
-        figures = held_out.evaluate(self.model, batches, self.token_bytes, self.device)
+        figures = held_out.evaluate(self.model, batches, self.token_bytes, self.device, self.config.parallel)
         if figures.tokens:
             text = f"held-out loss {figures.loss:.4f} nats a token, {figures.bits_per_byte:.4f} bits a byte"
             self.journal.event(self.step, text)

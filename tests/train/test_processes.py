@@ -72,21 +72,23 @@ def curve(out: Path, key: str) -> list[float]:
     return [row[key] for row in read_metrics(out) if key in row]
 
 
-def test_ddp_and_fsdp_are_the_same_run_as_one_process(text_tokens: Path, tmp_path: Path) -> None:
-    for name, processes in (("one", 1), ("ddp", 2), ("fsdp", 2)):
-        settings = config(text_tokens, tmp_path / name, "fsdp" if name == "fsdp" else "ddp")
-        call(processes, "train", settings.model_dump_json())
-    for name in ("ddp", "fsdp"):
+def test_ddp_fsdp_and_tensor_are_the_same_run_as_one_process(text_tokens: Path, tmp_path: Path) -> None:
+    ways = ("ddp", "fsdp", "tensor")
+    call(1, "train", config(text_tokens, tmp_path / "one", "ddp").model_dump_json())
+    for way in ways:
+        call(2, "train", config(text_tokens, tmp_path / way, way).model_dump_json())
+    for name in ways:
         for key, count in (("loss", 20), ("held_out_loss", 2)):
             one, many = curve(tmp_path / "one", key), curve(tmp_path / name, key)
             assert len(one) == count
             assert many == pytest.approx(one, abs=1e-5)
 
 
-def test_a_sharded_run_resumes_and_its_checkpoint_loads_on_one_process(
-    text_tokens: Path, tmp_path: Path
+@pytest.mark.parametrize("way", ["fsdp", "tensor"])
+def test_a_spread_run_resumes_and_its_checkpoint_loads_on_one_process(
+    way: str, text_tokens: Path, tmp_path: Path
 ) -> None:
-    settings = config(text_tokens, tmp_path, "fsdp")
+    settings = config(text_tokens, tmp_path, way)
     call(2, "train", settings.model_dump_json())
     final = load_model(tmp_path / "model")
     other = Transformer(final.config)
