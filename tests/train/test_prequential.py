@@ -34,7 +34,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+_LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("text", "chinese")]
+
+
+@pytest.mark.parametrize("name", [*_LONG, *(name for name in CASES if name not in ("text", "chinese"))])
 def test_the_same_bytes_come_back(name: str) -> None:
     raw = CASES[name]
     packed = compress_bytes(raw)
@@ -59,6 +62,7 @@ def test_it_is_the_same_file_each_time_and_leaves_no_trace(packed: bytes) -> Non
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.slow
 def test_what_repeats_costs_less_the_longer_it_goes_on(packed: bytes) -> None:
     """Three times the text, less than twice the size."""
     assert len(compress_bytes(TEXT.encode() * 72)) < 2 * len(packed)
@@ -105,6 +109,7 @@ def test_damage_with_a_right_crc_is_never_other_bytes(packed: bytes) -> None:
         decompress_bytes(codec.pack(header, bytes(damaged)), "x")
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_gives_the_same_bytes() -> None:
     torch.set_num_threads(1)
     packed = compress_bytes(CASES["text"])
