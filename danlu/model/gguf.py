@@ -1,66 +1,142 @@
 """Models in llama.cpp's GGUF files: read with their quantised tensors unpacked, written as asked for.
 
 The package `gguf` (extra [gguf]) knows the container and the quantisations; this file knows what
-llama.cpp calls a model's sizes and tensors, as rows like those of `families.py`.
+llama.cpp calls a model's sizes and tensors, as rows like those of `families.py`. A key of the architecture
+that no row asks for is an error, unless its value changes nothing.
 """
 
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from danlu.core.config import explain
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_path
 from danlu.model.config import ModelConfig, RopeScaling
 from danlu.model.families import Family, names
-from danlu.model.positions import rope_frequencies
+from danlu.model.gguf_header import check_header
+from danlu.model.positions import rope_frequencies, yarn_factor
 from danlu.model.rules import HF, Always, Key
 from danlu.model.transformer import Transformer
-from danlu.model.weights import to_ours, to_theirs
+from danlu.model.weights import check_range, empty_model, to_ours, to_theirs
 from danlu.tokens.from_gguf import tokenizer_from_gguf
 from danlu.tokens.to_gguf import tokenizer_to_gguf
 from danlu.tokens.tokenizer import Tokenizer
 
 
-def _head_width(metadata: HF) -> int:
-    return metadata["embedding_length"] // metadata["attention.head_count"]
+def _width_by_heads(metadata: HF) -> int:
+    width, heads = metadata["embedding_length"], metadata["attention.head_count"]
+    if not isinstance(heads, int) or heads < 1:
+        raise UserError(f"attention.head_count is {reprlib.repr(heads)}", "danlu knows one for all layers")
+    return int(width // heads)
 
 
 def _rounded(value: float) -> float:
     """A float32 as it was meant: 1e-5, not 9.99999975e-06."""
+    if not math.isfinite(value):
+        raise ValueError("not a number")
     return float(f"{value:.7g}")
 
 
-class _Scaling:
-    """Stretched rotary angles. LLaMA 3's are no keys but a tensor of divisors, here as a list."""
+@dataclass(frozen=True)
+class _ReadOnly:
+    """A key that danlu can do, and llama.cpp would ignore: honoured where it comes, never written."""
+
+    key: Key
 
     def read(self, hf: HF) -> dict[str, Any]:
-        kind, factor = hf.get("rope.scaling.type", "none"), hf.get("rope.scaling.factor", 1.0)
-        if divisors := hf.get(_DIVISORS):
-            return {"rope_scaling": _llama3(max(divisors))}
-        if kind == "none" or (kind == "linear" and factor in (0, 1)):
-            return {}
-        if kind not in ("linear", "yarn"):
+        return self.key.read(hf)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Widths of a head: of keys, of values, and of the rotated part. `partly`: whether it may be a part."""
+
+    partly: bool = True
+
+    def read(self, hf: HF) -> dict[str, Any]:
+        width = hf.get("attention.key_length", _width_by_heads(hf))
+        values = hf.get("attention.value_length", _width_by_heads(hf))
+        rotated = hf.get("rope.dimension_count", width)
+        if values != width:
+            raise UserError(
+                f"attention.value_length is {values!r}", f"danlu knows that of the keys only: {width}"
+            )
+        if rotated != width and not (self.partly and rotated > 0):
+            raise UserError(f"rope.dimension_count is {rotated!r}", f"danlu knows {width} only")
+        return {"head_width": width, "rope_width": rotated}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {
+            "attention.key_length": config.head_width,
+            "attention.value_length": config.head_width,
+            "rope.dimension_count": config.rope_width or config.head_width,
+        }
+
+
+_DIVISORS, _SHORT, _LONG = "rope_freqs", "rope_factors_short", "rope_factors_long"
+_ROPE_LISTS = (_DIVISORS, _SHORT, _LONG)
+"""Divisors of the rotary frequencies: tensors of the file, here lists beside the keys of the architecture."""
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """Stretched rotary angles. `llama3`: whether llama.cpp reads LLaMA 3's, a tensor of divisors."""
+
+    llama3: bool = False
+
+    def read(self, hf: HF) -> dict[str, Any]:
+        # llama.cpp takes a factor for a linear one where no type is given, and knows the key's old name.
+        kind = hf.get("rope.scaling.type", "linear")
+        factor = hf.get("rope.scaling.factor", hf.get("rope.scale_linear", 0)) or 1.0
+        original = hf.get("rope.scaling.original_context_length") or hf.get("context_length")
+        low, high = hf.get("rope.scaling.yarn_beta_slow", 1.0), hf.get("rope.scaling.yarn_beta_fast", 32.0)
+        attention = hf.get("rope.scaling.attn_factor", 1.0)
+        divisors = hf.get(_DIVISORS) if self.llama3 else None
+        if kind not in ("none", "linear", "yarn"):
             raise UserError(f"rope.scaling.type is {kind!r}", "danlu knows none, linear and yarn")
-        original = hf["rope.scaling.original_context_length"] if kind == "yarn" else 0
-        return {"rope_scaling": RopeScaling(kind=kind, factor=_rounded(factor), original=original)}
+        if kind != "yarn" and attention != 1:
+            raise UserError(f"rope.scaling.attn_factor is {attention!r}", "danlu knows it with yarn only")
+        plain = kind == "none" or (factor == 1 and attention == 1)
+        if divisors is not None:
+            if not plain:
+                raise UserError(
+                    f"rope.scaling.type is {kind!r} beside {_DIVISORS}.weight", "danlu knows one of them only"
+                )
+            return {"rope_scaling": _llama3(max(divisors))}
+        if plain:
+            return {}
+        scaling = RopeScaling(kind=kind, factor=_rounded(factor), original=original if kind == "yarn" else 0)
+        if kind == "yarn":
+            factors = {"low": _rounded(low), "high": _rounded(high)}
+            if attention != 1:
+                factors["attention"] = _rounded(attention * yarn_factor(scaling))
+            scaling = RopeScaling(**{**scaling.model_dump(), **factors})
+        return {"rope_scaling": scaling}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         scaling = config.rope_scaling
-        if scaling is None:
+        if scaling is None or scaling.kind not in ("linear", "yarn", "llama3"):
             return {}
         if scaling.kind == "llama3":
-            return {_DIVISORS: rope_divisors(config).tolist()}
+            return {_DIVISORS: rope_divisors(config).tolist()} if self.llama3 else {}
         keys = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
-        yarn = {"rope.scaling.original_context_length": scaling.original}
-        return {**keys, **(yarn if scaling.kind == "yarn" else {})}
-
-
-_DIVISORS, _DIVISORS_TENSOR = "rope_freqs", "rope_freqs.weight"
-"""Of the rotary frequencies: a tensor of the file, beside the keys of the architecture."""
+        if scaling.kind == "yarn":  # but for the betas, which llama.cpp ignores in these architectures
+            keys["rope.scaling.original_context_length"] = scaling.original
+        if scaling.attention:
+            usual = yarn_factor(scaling.model_copy(update={"attention": 0.0}))
+            keys["rope.scaling.attn_factor"] = scaling.attention / usual
+        return keys
 
 
 def _llama3(factor: float) -> RopeScaling:
@@ -70,8 +146,9 @@ def _llama3(factor: float) -> RopeScaling:
 
 def rope_divisors(config: ModelConfig) -> Tensor:
     """(rotated / 2,) float32: what LLaMA 3's scaling divides each frequency by."""
-    plain, _ = rope_frequencies(config.rope_theta, config.head_width)
-    scaled, _ = rope_frequencies(config.rope_theta, config.head_width, config.rope_scaling)
+    width = config.rope_width or config.head_width
+    plain, _ = rope_frequencies(config.rope_theta, width)
+    scaled, _ = rope_frequencies(config.rope_theta, width, config.rope_scaling)
     return (plain / scaled).float()
 
 
@@ -94,6 +171,21 @@ class _Experts:
         return {"expert_count": config.n_experts, "expert_used_count": config.n_active, **own}
 
 
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "embedding_scale": (0, 1),
+    "expert_gating_func": (0, 1),  # softmax
+    "expert_weights_norm": (True,),
+    "expert_weights_scale": (0, 1),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+}
+"""Values of further keys that change nothing; of any other it is 0 alone."""
+_SAY_NOTHING = ("rope.scaling.finetuned", "tensor_data_layout", "pooling_type")
+"""Keys that no logit hangs on."""
+
 _SHARED = (
     Key("vocab_size", "vocab_size"),
     Key("width", "embedding_length"),
@@ -104,16 +196,18 @@ _SHARED = (
     Key("max_positions", "context_length"),
     Key("tied_embeddings", "tied"),
 )
+_WINDOW = _ReadOnly(Key("window", "attention.sliding_window", 0))
+_SCALE = _ReadOnly(Key("attention_scale", "attention.scale", 0.0, _rounded))
 _SIZES = (
     *_SHARED,
-    Key("head_width", "attention.key_length", _head_width),
-    Key("norm_eps", "attention.layer_norm_rms_epsilon", 1e-5, _rounded),
+    Key("norm_eps", "attention.layer_norm_rms_epsilon", None, _rounded),
     Key("rope_theta", "rope.freq_base", 10000.0, _rounded),
-    _Scaling(),
 )
+_LLAMA = (*_SIZES, _Heads(partly=False), _Scaling(llama3=True), _WINDOW, _SCALE)
+_QWEN = (*_SIZES, _Heads(), _Scaling(), _WINDOW, _SCALE)
 _GPT = (
     *_SHARED,
-    Key("norm_eps", "attention.layer_norm_epsilon", 1e-5, _rounded),
+    Key("norm_eps", "attention.layer_norm_epsilon", None, _rounded),
     Always(norm="layernorm", ffn="gelu_tanh", qkv_bias=True, out_bias=True, ffn_bias=True),
 )
 _OUTER = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
@@ -149,13 +243,13 @@ ARCHITECTURES = (
     Family("gpt2", "gpt2", (*_GPT, Always(positions="learned")), _GPT_NAMES, ""),
     Family("bloom", "bloom", (*_GPT, Always(positions="alibi", embedding_norm=True)), _GPT_NAMES, ""),
     # Rotated pairs are neighbours, as in Meta's files. Mixtral is of this architecture too.
-    Family("llama", "llama", (*_SIZES, _Experts()), names(_QK, "interleaved") + _NAMES + _EXPERTS, ""),
-    Family("qwen2", "qwen2", (*_SIZES, Always(qkv_bias=True)), _NAMES + names(_QK), ""),
-    Family("qwen3", "qwen3", (*_SIZES, Always(qk_norm=True)), _NAMES + names(_QK), ""),
+    Family("llama", "llama", (*_LLAMA, _Experts()), names(_QK, "interleaved") + _NAMES + _EXPERTS, ""),
+    Family("qwen2", "qwen2", (*_QWEN, Always(qkv_bias=True)), _NAMES + names(_QK), ""),
+    Family("qwen3", "qwen3", (*_QWEN, Always(qk_norm=True)), _NAMES + names(_QK), ""),
     Family(
         "qwen3moe",
         "qwen3moe",
-        (*_SIZES, _Experts("expert_feed_forward_length"), Always(qk_norm=True)),
+        (*_QWEN, _Experts("expert_feed_forward_length"), Always(qk_norm=True)),
         _NAMES + names(_QK) + _EXPERTS,
         "",
     ),
@@ -171,18 +265,28 @@ class GgufFile:
         if not path.is_file():
             raise UserError(f"{path}: no such file", "check the path")
         try:
+            check_header(path, gguf.GGML_QUANT_SIZES)
             reader = gguf.GGUFReader(path)
             self.metadata = {key: field.contents() for key, field in reader.fields.items()}
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-            if _DIVISORS_TENSOR in self._tensors:
-                self.metadata[_DIVISORS] = self._tensors.pop(_DIVISORS_TENSOR).data.tolist()
         except Exception as error:  # of a damaged file the library raises whatever comes up
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: not a whole GGUF file: {text}", "fetch it again") from None
+        if (parts := self.metadata.get("split.count", 1)) not in (0, 1):
+            raise UserError(
+                f"{path}: one of {parts} parts", "put them together first: llama-gguf-split --merge"
+            )
+        for name in _ROPE_LISTS:
+            if f"{name}.weight" in self._tensors:
+                self.metadata[name] = self.read(f"{name}.weight").flatten().tolist()
+                del self._tensors[f"{name}.weight"]
 
     @property
     def names(self) -> set[str]:
         return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
     def read(self, name: str) -> Tensor:
         """The tensor in float32, in the usual order of dimensions."""
@@ -197,6 +301,22 @@ class GgufFile:
         return torch.from_numpy(values.astype("float32", copy=True))
 
 
+class _Asked(dict[str, Any]):
+    """Remembers which keys the rules have asked for."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
 def read_config(file: GgufFile) -> tuple[Family, ModelConfig]:
     """The sizes of the model. Raises UserError for an architecture or setting that danlu doesn't know."""
     kind = file.metadata.get("general.architecture")
@@ -205,34 +325,98 @@ def read_config(file: GgufFile) -> tuple[Family, ModelConfig]:
         known = ", ".join(row.model_type for row in ARCHITECTURES)
         raise UserError(f"{file.where}: architecture {kind!r}", f"danlu reads {known} from GGUF")
     prefix = f"{kind}."
-    sizes = {key.removeprefix(prefix): v for key, v in file.metadata.items() if key.startswith(prefix)}
-    sizes |= {"tied": "output.weight" not in file.names, _DIVISORS: file.metadata.get(_DIVISORS)}
-    sizes.setdefault("vocab_size", len(file.metadata.get("tokenizer.ggml.tokens") or []))
+    sizes = _Asked(
+        {key.removeprefix(prefix): v for key, v in file.metadata.items() if key.startswith(prefix)}
+    )
+    entries = len(file.metadata.get("tokenizer.ggml.tokens") or [])
+    sizes["tied"] = "output.weight" not in file.names
+    sizes.setdefault("vocab_size", entries)
+    for name in _ROPE_LISTS:
+        if name in file.metadata:
+            sizes[name] = file.metadata[name]
+    _check_layers(file, sizes)
     fields: dict[str, Any] = {"family": kind}
     try:
         for rule in family.rules:
             fields |= rule.read(sizes)
         config = ModelConfig(**fields)
     except UserError as error:
-        raise UserError(f"{file.where}: {kind}.{error.message}", error.remedy) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file.where}: {error}", "the file is incomplete or damaged") from None
-    divisors = sizes[_DIVISORS]
-    if divisors and not torch.allclose(torch.tensor(divisors), rope_divisors(config), rtol=1e-4):
-        raise UserError(f"{file.where}: {_DIVISORS_TENSOR} is not that of LLaMA 3", "danlu knows no other")
+        remedy = _DAMAGED if error.message.endswith("is missing") else error.remedy
+        raise UserError(f"{file.where}: {kind}.{error.message}", remedy) from None
+    except ValidationError as error:
+        raise UserError(explain(error, ModelConfig, file.where), _DAMAGED) from None
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        text = f"{kind}.{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{file.where}: {text}", _DAMAGED) from None
+    _check_silent(file, kind, sizes)
+    if entries > config.vocab_size:
+        raise UserError(
+            f"{file.where}: the tokenizer has {entries} entries, the model {config.vocab_size}", _DAMAGED
+        )
+    if config.n_experts:
+        _check_experts(file, config.n_experts)
+    if (divisors := sizes.get(_DIVISORS)) is not None:
+        _check_divisors(file, config, torch.tensor(divisors))
     return family, config
+
+
+_DAMAGED = "the file is incomplete or damaged"
+
+
+def _check_layers(file: GgufFile, sizes: Mapping[str, Any]) -> None:
+    """Before anything is made for each layer: a lying count would eat time and memory."""
+    layers = {name.split(".")[1] for name in file.names if name.startswith("blk.")}
+    count = sizes.get("block_count")
+    if isinstance(count, int) and count > len(layers):
+        raise UserError(
+            f"{file.where}: tensors of {len(layers)} layers, and block_count is {count}", _DAMAGED
+        )
+
+
+def _check_silent(file: GgufFile, kind: str, sizes: _Asked) -> None:
+    """Refuses what the file says and no rule has asked for."""
+    for key in sorted(sizes.keys() - sizes.asked):
+        if key in _ROPE_LISTS:
+            raise UserError(f"{file.where}: unknown tensor {key}.weight", f"danlu knows none in {kind}")
+        if key not in _SAY_NOTHING and sizes[key] not in _NEUTRAL.get(key, (0,)):
+            raise UserError(
+                f"{file.where}: {kind}.{key} is {reprlib.repr(sizes[key])}",
+                f"danlu doesn't know that in {kind}",
+            )
+
+
+def _check_experts(file: GgufFile, n_experts: int) -> None:
+    name = "blk.0.ffn_gate_exps.weight"
+    if name not in file.names:
+        raise UserError(f"{file.where}: no tensor {name}", "the file is cut, or not of this model")
+    if (shape := file.shape(name))[0] != n_experts:
+        raise UserError(f"{file.where}: {name} has shape {shape}, and expert_count is {n_experts}", _DAMAGED)
+
+
+def _check_divisors(file: GgufFile, config: ModelConfig, divisors: Tensor) -> None:
+    rotated = config.rope_width or config.head_width
+    where = f"{file.where}: {_DIVISORS}.weight"
+    if len(divisors) != rotated // 2:
+        raise UserError(f"{where} holds {len(divisors)} numbers, expected {rotated // 2}", _DAMAGED)
+    if not torch.allclose(divisors, rope_divisors(config), rtol=1e-4):
+        raise UserError(f"{where} is not that of LLaMA 3", "danlu knows no other")
 
 
 def load_gguf(
     path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer of a GGUF file; dtype None = float32, to which its tensors are unpacked."""
+    """The model and the tokenizer of a GGUF file; dtype None = float32, to which its tensors are unpacked.
+
+    Raises UserError naming a setting that danlu doesn't know, or a tensor that is missing, unknown, of
+    another shape, or beyond the range of `dtype`.
+    """
     file = GgufFile(path)
     family, config = read_config(file)
     tokenizer = tokenizer_from_gguf(file.metadata, str(path))
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.load_state_dict(to_ours(family, config, model.state_dict(), file), assign=True)
+    model = empty_model(config, str(path))
+    state = to_ours(family, config, model.state_dict(), file)
+    check_range(state, dtype or torch.float32, str(path))
+    model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
 
@@ -244,23 +428,29 @@ _KINDS: dict[Kind, tuple[str, str]] = {
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
 """The kind of the matrices, and what the file calls itself."""
+_LARGEST = {
+    "F16": torch.finfo(torch.float16).max,
+    "BF16": torch.finfo(torch.bfloat16).max,
+    "Q8_0": 127 * torch.finfo(torch.float16).max,
+    "F32": torch.finfo(torch.float32).max,
+}
+"""The largest number that a kind keeps; a block of Q8_0 has a scale in float16."""
 
 
 def save_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: Kind = "float16") -> None:
     """Writes a file that llama.cpp runs. Matrices are of `kind`; norms, biases and routers are float32.
 
-    Raises UserError where llama.cpp has no architecture, or no way to cut words, for what this model does.
+    Raises UserError where llama.cpp has no architecture, or no way to cut words, for what this model does,
+    and naming a tensor that `kind` can't hold.
     """
     gguf = _library()
+    if kind not in _KINDS:
+        raise UserError(f"GGUF keeps no weights as {kind}", f"choose a dtype: {', '.join(_KINDS)}")
     family, values = _express(model.config)
     arch = family.model_type
-    keys = {f"{arch}.{key}": value for key, value in values.items() if key not in ("tied", _DIVISORS)}
-    if model.config.positions == "rope":
-        keys |= {
-            f"{arch}.rope.dimension_count": model.config.head_width,
-            f"{arch}.attention.value_length": model.config.head_width,
-        }
-    keys |= {
+    lists = {name: values[name] for name in _ROPE_LISTS if name in values}
+    keys = {
+        **{f"{arch}.{key}": value for key, value in values.items() if key not in ("tied", *lists)},
         "general.name": path.stem,
         "general.file_type": int(gguf.LlamaFileType[_KINDS[kind][1]]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
@@ -268,15 +458,16 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: Kind =
     }
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     tensors = to_theirs(family, model.config, state)
-    if divisors := values.get(_DIVISORS):
-        tensors[_DIVISORS_TENSOR] = torch.tensor(divisors)
+    tensors |= {f"{name}.weight": torch.tensor(values) for name, values in lists.items()}
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, arch)
         try:
             _add_keys(writer, keys)
             for name, tensor in tensors.items():
-                chosen = gguf.GGMLQuantizationType[_tensor_kind(name, tensor, kind)]
-                writer.add_tensor(name, gguf.quantize(tensor.float().numpy(), chosen), raw_dtype=chosen)
+                chosen = _tensor_kind(name, tensor, kind)
+                _check_largest(name, tensor, chosen)
+                packed = gguf.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[chosen])
+                writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType[chosen])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -284,22 +475,44 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: Kind =
             writer.close()
 
 
+def _check_largest(name: str, tensor: Tensor, chosen: str) -> None:
+    largest = tensor.abs().max().item() if tensor.numel() else 0.0
+    if largest > _LARGEST[chosen]:
+        raise UserError(
+            f"{name} holds {largest:.6g}, and {chosen} keeps no more than {_LARGEST[chosen]:,.0f}",
+            "choose another dtype: bfloat16 or float32",
+        )
+
+
 def _express(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     """The architecture that can say all of a config, and its keys."""
     for family in ARCHITECTURES:
-        values: dict[str, Any] = {}
-        for rule in family.rules:
-            values |= rule.write(config)
-        fields: dict[str, Any] = {"family": config.family}
+        fields: dict[str, Any] = {}
         try:
+            values: dict[str, Any] = {}
+            for rule in family.rules:
+                values |= rule.write(config)
             for rule in family.rules:
                 fields |= rule.read(values)
-            if ModelConfig(**fields) == config:
+            if _said(ModelConfig(**fields)) == _said(config):
                 return family, values
-        except (UserError, KeyError, TypeError, ValueError):
+        except (UserError, KeyError, TypeError, ValueError, ArithmeticError):
             continue
     known = ", ".join(family.model_type for family in ARCHITECTURES)
     raise UserError("GGUF has no architecture with these settings together", f"danlu writes {known}")
+
+
+def _said(config: ModelConfig) -> Any:
+    """What a config says, to the digits that a file's float32 keeps."""
+    return _digits({**config.model_dump(exclude={"family"}), "attention_scale": config.score_scale})
+
+
+def _digits(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _digits(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_digits(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _tensor_kind(name: str, tensor: Tensor, kind: Kind) -> str:
