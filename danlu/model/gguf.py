@@ -113,7 +113,7 @@ class _Scaling:
                 raise UserError(
                     f"rope.scaling.type is {kind!r} beside {_DIVISORS}.weight", "danlu knows one of them only"
                 )
-            return {"rope_scaling": _llama3(max(divisors))}
+            return {"rope_scaling": _llama3(max(divisors, default=1.0))}
         if plain:
             return {}
         scaling = RopeScaling(kind=kind, factor=_rounded(factor), original=original if kind == "yarn" else 0)
@@ -348,7 +348,7 @@ def read_config(file: GgufFile) -> tuple[Family, ModelConfig]:
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         text = f"{kind}.{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{file.where}: {text}", _DAMAGED) from None
-    _check_silent(file, kind, sizes)
+    _check_silent(file, family.model_type, sizes)
     if entries > config.vocab_size:
         raise UserError(
             f"{file.where}: the tokenizer has {entries} entries, the model {config.vocab_size}", _DAMAGED

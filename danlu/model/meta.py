@@ -118,7 +118,7 @@ def read_config(files: MetaFiles) -> ModelConfig:
     layers = {name.split(".")[1] for name in files.names if name.startswith("layers.")}
     if params.n_layers > len(layers):
         raise UserError(
-            f"{where}: n_layers is {params.n_layers}, and there are tensors of {len(layers)} layers",
+            f"{where}: tensors of {len(layers)} layers, and n_layers is {params.n_layers}",
             "the folder is incomplete",
         )
     own_head = "output.weight" in files.names
