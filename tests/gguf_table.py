@@ -23,18 +23,79 @@ GPT = {
     "norm": "layernorm", "ffn": "gelu_tanh", "qkv_bias": True, "out_bias": True, "ffn_bias": True,
     "n_kv_heads": 4,
 }  # fmt: skip
+GEMMA = {
+    "ffn": "geglu_tanh", "norm_plus_one": True, "norm_place": "both", "embedding_scale": 8.0,
+    "attention_scale": 0.25, "tied_embeddings": True,
+}  # fmt: skip
+LONG: dict[str, Any] = {
+    "kind": "longrope", "factor": 2.0, "short": tuple(round(1 + 0.05 * i, 2) for i in range(8)),
+    "long": tuple(round(1 + 0.7 * i, 1) for i in range(8)),
+}  # fmt: skip
 WRITTEN: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama, tied, wide heads": {"tied_embeddings": True, "head_width": 32},
     "llama 3.1": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
     "llama, linear": {"rope_scaling": {"kind": "linear", "factor": 4.0}},
     "llama, yarn": {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 64}},
+    "llama, yarn, louder": {
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 64, "attention": 1.5},
+    },
     "mixtral": {"n_experts": 4, "n_active": 2},
     "gpt2": {**GPT, "positions": "learned"},
     "bloom": {**GPT, "positions": "alibi", "embedding_norm": True, "tied_embeddings": True},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
     "qwen3moe": {"qk_norm": True, "n_experts": 4, "n_active": 2, "expert_width": 32},
+    "gemma2": {
+        **GEMMA,
+        "n_layers": 3,
+        "window": 16,
+        "local_layers": (True, False),
+        "attention_softcap": 20.0,
+        "logit_softcap": 10.0,
+    },
+    "gemma2, wide heads, linear": {
+        **GEMMA,
+        "head_width": 32,
+        "attention_scale": 32**-0.5,
+        "window": 16,
+        "attention_softcap": 50.0,
+        "local_layers": (True, False),
+        "logit_softcap": 30.0,
+        "rope_scaling": {"kind": "linear", "factor": 4.0},
+    },
+    "gemma3": {
+        **GEMMA,
+        "n_layers": 7,
+        "window": 16,
+        "local_layers": (*(True,) * 5, False),
+        "qk_norm": True,
+        "local_rope_theta": 10000.0,
+        "rope_theta": 1e6,
+        "rope_scaling": {"kind": "linear", "factor": 8.0},
+    },
+    "gemma3, capped": {
+        **GEMMA,
+        "n_layers": 6,
+        "window": 16,
+        "local_layers": (*(True,) * 5, False),
+        "qk_norm": True,
+        "local_rope_theta": 20000.0,
+        "logit_softcap": 10.0,
+    },
+    "phi3, short": {"max_positions": 512, "rope_scaling": {**LONG, "original": 256}},
+    "phi3, long, a part rotated": {
+        "max_positions": 256,
+        "rope_width": 8,
+        "rope_scaling": {
+            **LONG,
+            "original": 32,
+            "factor": 8.0,
+            "short": LONG["short"][:4],
+            "long": LONG["long"][:4],
+        },
+    },
+    "phi3, louder": {"max_positions": 512, "rope_scaling": {**LONG, "original": 256, "attention": 1.5}},
 }
 
 

@@ -22,7 +22,7 @@ from danlu.core.files import atomic_path
 from danlu.model.config import ModelConfig, RopeScaling
 from danlu.model.families import Family, names
 from danlu.model.gguf_header import check_header
-from danlu.model.positions import rope_frequencies, yarn_factor
+from danlu.model.positions import longrope_factor, rope_frequencies, yarn_factor
 from danlu.model.rules import HF, Always, Key
 from danlu.model.transformer import Transformer
 from danlu.model.weights import check_range, empty_model, to_ours, to_theirs
@@ -60,14 +60,20 @@ class _ReadOnly:
 
 @dataclass(frozen=True)
 class _Heads:
-    """Widths of a head: of keys, of values, and of the rotated part. `partly`: whether it may be a part."""
+    """Widths of a head: of keys, of values, and of what is rotated.
 
-    partly: bool = True
+    `partly`: whether llama.cpp rotates a part; `free`: whether heads may be wider than the stream gives.
+    """
+
+    partly: bool = False
+    free: bool = True
 
     def read(self, hf: HF) -> dict[str, Any]:
         width = hf.get("attention.key_length", _width_by_heads(hf))
         values = hf.get("attention.value_length", _width_by_heads(hf))
         rotated = hf.get("rope.dimension_count", width)
+        if not self.free and width != _width_by_heads(hf):
+            raise UserError(f"attention.key_length is {width!r}", f"danlu knows {_width_by_heads(hf)} only")
         if values != width:
             raise UserError(
                 f"attention.value_length is {values!r}", f"danlu knows that of the keys only: {width}"
@@ -139,6 +145,99 @@ class _Scaling:
         return keys
 
 
+class _LongRope:
+    """Phi-3's angles: two tensors of divisors, or none, and then as in the others."""
+
+    def read(self, hf: HF) -> dict[str, Any]:
+        short, long = hf.get(_SHORT), hf.get(_LONG)
+        if short is None and long is None:
+            return _Scaling().read(hf)
+        if short is None or long is None:
+            raise UserError(f"{_SHORT}.weight and {_LONG}.weight: one is missing", _DAMAGED)
+        # llama.cpp goes by the tensors: a type or a factor would stretch the angles once more.
+        kind, factor = hf.get("rope.scaling.type", "longrope"), hf.get("rope.scaling.factor", 0)
+        if kind not in ("none", "longrope") or factor not in (0, 1):
+            raise UserError(f"rope.scaling.type is {kind!r}, by {factor}", f"danlu knows none beside {_LONG}")
+        original = hf.get("rope.scaling.original_context_length") or hf["context_length"]
+        scaling = RopeScaling(
+            kind="longrope",
+            factor=max(1.0, hf["context_length"] / original),
+            original=original,
+            short=tuple(map(_rounded, short)),
+            long=tuple(map(_rounded, long)),
+        )
+        attention = hf.get("rope.scaling.attn_factor", 1.0)
+        if not math.isclose(attention, longrope_factor(scaling), rel_tol=1e-6):
+            scaling = scaling.model_copy(update={"attention": _rounded(attention)})
+        return {"rope_scaling": scaling}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        scaling = config.rope_scaling
+        if scaling is None or scaling.kind != "longrope":
+            return _Scaling().write(config)
+        return {
+            _SHORT: list(scaling.short),
+            _LONG: list(scaling.long),
+            "rope.scaling.original_context_length": scaling.original,
+            "rope.scaling.attn_factor": longrope_factor(scaling),
+        }
+
+
+@dataclass(frozen=True)
+class _Gemma:
+    """What Gemma 2 and 3 do, where of their layers every `period`-th sees all tokens.
+
+    `largest`: layers of the model of 27 B parameters, whose scores are scaled by the width of the stream.
+    `window`: the default; 0 = all layers see all.
+    """
+
+    period: int
+    largest: int
+    window: int = 0
+
+    def read(self, hf: HF) -> dict[str, Any]:
+        layers = hf["block_count"]
+        window = hf.get("attention.sliding_window", self.window)
+        local = hf.get("attention.sliding_window_pattern", self.period)
+        if self.window and not window:
+            raise UserError("attention.sliding_window is 0", "this architecture has one always")
+        if isinstance(local, int):
+            local = [(i + 1) % local != 0 if local > 1 else local == 0 for i in range(layers)]
+        if len(local) != layers:
+            raise UserError(f"attention.sliding_window_pattern has {len(local)} flags", f"expected {layers}")
+        return {
+            "attention_scale": _gemma_scale(layers == self.largest, hf),
+            "embedding_scale": math.sqrt(hf["embedding_length"]),
+            **({"window": window, "local_layers": tuple(map(bool, local))} if window and any(local) else {}),
+        }
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {"attention.sliding_window": config.window}
+
+
+class _Phi3Window:
+    """Of a model that is Phi-3's by its family, as llama.cpp's converter does: llama.cpp warns that it
+    doesn't apply it, so that no other model is written as one.
+    """
+
+    def read(self, hf: HF) -> dict[str, Any]:
+        return _WINDOW.read(hf)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {"attention.sliding_window": config.window} if config.family == "phi3" else {}
+
+
+def _gemma_scale(largest: bool, hf: HF) -> float:
+    width = _width_by_heads(hf)
+    return float(width if largest else hf.get("attention.key_length", width)) ** -0.5
+
+
+def _not_zero(value: float) -> float:
+    if not value:
+        raise ValueError("llama.cpp divides by it")
+    return _rounded(value)
+
+
 def _llama3(factor: float) -> RopeScaling:
     """The bounds stand in no file: they are the same in every LLaMA from 3.1 on."""
     return RopeScaling(kind="llama3", factor=_rounded(factor), original=8192, low=1.0, high=4.0)
@@ -203,8 +302,14 @@ _SIZES = (
     Key("norm_eps", "attention.layer_norm_rms_epsilon", None, _rounded),
     Key("rope_theta", "rope.freq_base", 10000.0, _rounded),
 )
-_LLAMA = (*_SIZES, _Heads(partly=False), _Scaling(llama3=True), _WINDOW, _SCALE)
+_LLAMA = (*_SIZES, _Heads(), _Scaling(llama3=True), _WINDOW, _SCALE)
 _QWEN = (*_SIZES, _Heads(), _Scaling(), _WINDOW, _SCALE)
+_GEMMA = (
+    *_SIZES,
+    _Heads(),
+    _Scaling(),
+    Always(ffn="geglu_tanh", norm_plus_one=True, norm_place="both"),
+)
 _GPT = (
     *_SHARED,
     Key("norm_eps", "attention.layer_norm_epsilon", None, _rounded),
@@ -229,6 +334,27 @@ _EXPERTS = names(
     "together",
 )
 _NAMES = names({**_OUTER, **_INNER})
+_GEMMA_NORMS = {
+    "norm": "output_norm",
+    "layers.{i}.attention_norm": "blk.{i}.attn_norm",
+    "layers.{i}.attention_post_norm": "blk.{i}.post_attention_norm",
+    "layers.{i}.ffn_norm": "blk.{i}.ffn_norm",
+    "layers.{i}.ffn_post_norm": "blk.{i}.post_ffw_norm",
+    "layers.{i}.attention.q_norm": "blk.{i}.attn_q_norm",
+    "layers.{i}.attention.k_norm": "blk.{i}.attn_k_norm",
+}
+_PHI3_FUSED = ("attention.q", "attention.k", "attention.v", "ffn.gate", "ffn.up")
+_ALL = {**_OUTER, **_INNER, **_QK}
+_GEMMA_NAMES = names(_GEMMA_NORMS, "plus_one") + names(
+    {ours: theirs for ours, theirs in _ALL.items() if ours not in _GEMMA_NORMS}
+)
+_PHI3_NAMES = names(
+    {
+        **{ours: theirs for ours, theirs in _ALL.items() if not ours.endswith(_PHI3_FUSED)},
+        "layers.{i}.attention.q layers.{i}.attention.k layers.{i}.attention.v": "blk.{i}.attn_qkv",
+        "layers.{i}.ffn.gate layers.{i}.ffn.up": "blk.{i}.ffn_up",
+    }
+)
 _GPT_NAMES = names(
     {
         **_OUTER,
@@ -251,6 +377,39 @@ ARCHITECTURES = (
         "qwen3moe",
         (*_QWEN, _Experts("expert_feed_forward_length"), Always(qk_norm=True)),
         _NAMES + names(_QK) + _EXPERTS,
+        "",
+    ),
+    Family(
+        "gemma2",
+        "gemma2",
+        (
+            *_GEMMA,
+            _Gemma(period=2, largest=46, window=4096),
+            Key("attention_softcap", "attn_logit_softcapping", 50.0, _not_zero),
+            Key("logit_softcap", "final_logit_softcapping", 30.0, _not_zero),
+            Always(tied_embeddings=True),
+        ),
+        _GEMMA_NAMES,
+        "",
+    ),
+    Family(
+        "gemma3",
+        "gemma3",
+        (
+            *_GEMMA,
+            _Gemma(period=6, largest=62),
+            Key("local_rope_theta", "rope.freq_base_swa", 10000.0, _rounded),
+            Key("logit_softcap", "final_logit_softcapping", 0.0, _rounded),
+            Always(qk_norm=True),
+        ),
+        _GEMMA_NAMES,
+        "",
+    ),
+    Family(
+        "phi3",
+        "phi3",
+        (*_SIZES, _Heads(partly=True, free=False), _LongRope(), _Phi3Window()),
+        _PHI3_NAMES,
         "",
     ),
 )

@@ -21,7 +21,7 @@ from danlu.core.errors import UserError
 from danlu.core.files import read_json
 from danlu.model.config import ModelConfig
 from danlu.model.families import Family
-from danlu.model.layouts import ByHead, Interleaved, Layout, Stacked, Together
+from danlu.model.layouts import ByHead, Interleaved, Layout, PlusOne, Stacked, Together
 from danlu.model.transformer import Transformer
 
 LAYOUTS: dict[str, Layout] = {
@@ -30,6 +30,7 @@ LAYOUTS: dict[str, Layout] = {
     "by_head": ByHead(),
     "interleaved": Interleaved(),
     "together": Together(),
+    "plus_one": PlusOne(),
 }
 
 

@@ -90,6 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
     for name, fields in {
         "llama": {},
         "qwen2": {"qkv_bias": True},
+        "phi3": {"rope_width": 14},
         "llama3": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
         "mixtral": {"n_experts": 4},
         "gpt2": {
@@ -114,7 +115,8 @@ YARN = {
         ("llama", {"attention.sliding_window": 8}, "window", 8),
         ("llama", {"attention.sliding_window": 0}, "window", 0),
         ("llama", {"attention.scale": 0.5}, "attention_scale", 0.5),
-        ("qwen2", {"rope.dimension_count": 8}, "rope_width", 8),
+        ("phi3", {"rope.dimension_count": 8}, "rope_width", 8),
+        ("phi3", {"attention.sliding_window": 8}, "window", 8),
         ("llama", {"rope.scaling.factor": 4.0}, "rope_scaling.kind", "linear"),
         ("llama", {"rope.scale_linear": 4.0}, "rope_scaling.factor", 4.0),
         ("llama", {"rope.scaling.factor": 4.0, "rope.scaling.type": "none"}, "rope_scaling", None),
@@ -148,7 +150,8 @@ def test_a_setting_is_honoured(
         ("llama", {"rope.dimension_count": 8}, "llama.rope.dimension_count is 8"),
         ("llama", {"attention.value_length": 32}, "llama.attention.value_length is 32"),
         ("llama", {"attention.key_length": 32}, "llama.attention.value_length is 16"),
-        ("qwen2", {"rope.dimension_count": 0}, "qwen2.rope.dimension_count is 0"),
+        ("qwen2", {"rope.dimension_count": 8}, "qwen2.rope.dimension_count is 8"),
+        ("phi3", {"rope.dimension_count": 0}, "phi3.rope.dimension_count is 0"),
         ("llama", {"rope.scaling.attn_factor": 2.0}, "llama.rope.scaling.attn_factor is 2.0"),
         ("llama", {**YARN, "rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5"),
         ("llama", {**YARN, "rope.scaling.yarn_attn_factor": 0.5}, "yarn_attn_factor is 0.5"),
@@ -406,7 +409,8 @@ def test_kinds_that_gguf_lacks_are_refused(tokenizer: Tokenizer, tmp_path: Path)
     [
         {"window": 16},
         {"attention_scale": 0.5},
-        {"rope_width": 8},
+        {"rope_width": 8, "head_width": 32},
+        {"rope_width": 8, "qkv_bias": True},
         {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 64, "high": 16.0}},
         {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 64, "truncate": False}},
         {"qkv_bias": True, "rope_scaling": LLAMA3, "rope_theta": 500000.0},
