@@ -83,10 +83,11 @@ class _Heads:
         return {"head_width": width, "rope_width": rotated}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
+        width = config.head_width
         return {
-            "attention.key_length": config.head_width,
-            "attention.value_length": config.head_width,
-            "rope.dimension_count": config.rope_width or config.head_width,
+            "attention.key_length": width,
+            "attention.value_length": width,
+            "rope.dimension_count": (config.rope_width if self.partly else 0) or width,
         }
 
 
@@ -156,7 +157,7 @@ class _LongRope:
             raise UserError(f"{_SHORT}.weight and {_LONG}.weight: one is missing", _DAMAGED)
         # llama.cpp goes by the tensors: a type or a factor would stretch the angles once more.
         kind, factor = hf.get("rope.scaling.type", "longrope"), hf.get("rope.scaling.factor", 0)
-        if kind not in ("none", "longrope") or factor not in (0, 1):
+        if kind == "yarn" or (kind != "none" and factor not in (0, 1)):
             raise UserError(f"rope.scaling.type is {kind!r}, by {factor}", f"danlu knows none beside {_LONG}")
         original = hf.get("rope.scaling.original_context_length") or hf["context_length"]
         scaling = RopeScaling(
@@ -645,20 +646,27 @@ def _check_largest(name: str, tensor: Tensor, chosen: str) -> None:
 
 def _express(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     """The architecture that can say all of a config, and its keys."""
+    ours, differing = _said(config), set(ModelConfig.model_fields)
     for family in ARCHITECTURES:
-        fields: dict[str, Any] = {}
+        fields: dict[str, Any] = {"family": config.family}
+        values: dict[str, Any] = {}
         try:
-            values: dict[str, Any] = {}
             for rule in family.rules:
                 values |= rule.write(config)
             for rule in family.rules:
                 fields |= rule.read(values)
-            if _said(ModelConfig(**fields)) == _said(config):
-                return family, values
+            theirs = _said(ModelConfig(**fields))
         except (UserError, KeyError, TypeError, ValueError, ArithmeticError):
             continue
+        if theirs == ours:
+            return family, values
+        differing = min(differing, {key for key in ours if ours[key] != theirs[key]}, key=len)
     known = ", ".join(family.model_type for family in ARCHITECTURES)
-    raise UserError("GGUF has no architecture with these settings together", f"danlu writes {known}")
+    fault = "GGUF has no architecture with these settings together"
+    raise UserError(
+        f"{fault}; the nearest differs in {', '.join(sorted(differing))}",
+        f"danlu writes {known}, and nothing that llama.cpp would ignore in them",
+    )
 
 
 def _said(config: ModelConfig) -> Any:

@@ -9,10 +9,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_table import IDS, LLAMA3, changed, drawn, make_tokenizer
+from gguf_table import IDS, LLAMA3, WRITTEN, changed, drawn, make_tokenizer
 
 import danlu
 from danlu.core.errors import UserError
+from danlu.core.files import read_json
 from danlu.model.checkpoint import save_model, sizes_of
 from danlu.model.config import ConvertConfig, ModelConfig
 from danlu.model.convert import convert
@@ -91,6 +92,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
         "llama": {},
         "qwen2": {"qkv_bias": True},
         "phi3": {"rope_width": 14},
+        "gemma2": WRITTEN["gemma2"],
+        "gemma3": WRITTEN["gemma3"],
+        "long": WRITTEN["phi3, short"],
         "llama3": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
         "mixtral": {"n_experts": 4},
         "gpt2": {
@@ -117,6 +121,19 @@ YARN = {
         ("llama", {"attention.scale": 0.5}, "attention_scale", 0.5),
         ("phi3", {"rope.dimension_count": 8}, "rope_width", 8),
         ("phi3", {"attention.sliding_window": 8}, "window", 8),
+        ("gemma2", {"attention.sliding_window": 8}, "window", 8),
+        ("gemma2", {"attention.sliding_window_pattern": 3}, "local_layers", (True, True, False)),
+        (
+            "gemma2",
+            {"attention.sliding_window_pattern": [False, True, True]},
+            "local_layers",
+            (False, True, True),
+        ),
+        ("gemma2", {"attention.sliding_window_pattern": 1}, "window", 0),
+        ("gemma2", {"attn_logit_softcapping": 5.0}, "attention_softcap", 5.0),
+        ("gemma2", {"final_logit_softcapping": 5.0}, "logit_softcap", 5.0),
+        ("gemma3", {"attention.sliding_window": 0}, "window", 0),
+        ("gemma3", {"rope.freq_base_swa": 500.0}, "local_rope_theta", 500.0),
         ("llama", {"rope.scaling.factor": 4.0}, "rope_scaling.kind", "linear"),
         ("llama", {"rope.scale_linear": 4.0}, "rope_scaling.factor", 4.0),
         ("llama", {"rope.scaling.factor": 4.0, "rope.scaling.type": "none"}, "rope_scaling", None),
@@ -166,6 +183,13 @@ def test_a_setting_is_honoured(
         ("mixtral", {"expert_gating_func": 2}, "expert_gating_func is 2"),
         ("gpt2", {"rope.freq_base": 10000.0}, "gpt2.rope.freq_base is 10000.0"),
         ("gpt2", {"attention.sliding_window": 8}, "gpt2.attention.sliding_window is 8"),
+        ("phi3", {"attention.key_length": 32, "attention.value_length": 32}, "attention.key_length is 32"),
+        ("gemma2", {"attention.sliding_window": 0}, "gemma2.attention.sliding_window is 0"),
+        ("gemma2", {"attention.sliding_window_pattern": [True]}, "sliding_window_pattern has 1 flags"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "gemma2.attn_logit_softcapping is 0.0"),
+        ("gemma2", {"rope.freq_base_swa": 500.0}, "gemma2.rope.freq_base_swa is 500.0"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "gemma3.attn_logit_softcapping is 50.0"),
+        ("long", {"rope.scaling.factor": 2.0}, "rope.scaling.type is 'longrope', by 2.0"),
         ("llama", {"attention.head_count": 0}, "llama.attention.head_count is 0"),
         ("llama", {"attention.head_count_kv": [2, 2]}, "n_kv_heads: .*valid integer"),
         ("llama", {"attention.head_count_kv": 3}, "not a multiple of n_kv_heads 3"),
@@ -181,7 +205,7 @@ def test_a_setting_is_honoured(
 def test_a_setting_is_refused(
     arch: str, keys: dict[str, Any], message: str, folder: Path, tmp_path: Path
 ) -> None:
-    known = "llama" if arch == "mixtral" else arch
+    known = {"mixtral": "llama", "long": "phi3"}.get(arch, arch)
     own = {f"{known}.{key}": value for key, value in keys.items()}
     file = changed(folder / f"{arch}.gguf", tmp_path / "m.gguf", own)
     begin = time.monotonic()
@@ -227,6 +251,9 @@ def test_tensors_that_lack_or_do_not_fit_are_named(folder: Path, tmp_path: Path)
     refused(f"{freqs} holds 0 numbers", "llama3", tensors={freqs: np.ones(0, np.float32)})
     refused(f"{freqs} is not that of LLaMA 3", "llama3", tensors={freqs: np.full(8, 2, np.float32)})
     refused("beside rope_freqs.weight", "llama3", keys={"llama.rope.scaling.factor": 2.0})
+    refused("one is missing", "long", without=["rope_factors_short.weight"])
+    short = np.ones(7, np.float32)
+    refused("rope_scaling.short needs 8 numbers", "long", tensors={"rope_factors_short.weight": short})
     refused(f"unknown tensor {freqs}", "qwen2", tensors={freqs: np.ones(8, np.float32)})
 
 
@@ -404,23 +431,59 @@ def test_kinds_that_gguf_lacks_are_refused(tokenizer: Tokenizer, tmp_path: Path)
         convert(ConvertConfig(source=str(tmp_path / "hf"), out=tmp_path / "m.gguf"))
 
 
+LOUDER: dict[str, Any] = WRITTEN["llama, yarn, louder"]["rope_scaling"]
+
+
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "named"),
     [
-        {"window": 16},
-        {"attention_scale": 0.5},
-        {"rope_width": 8, "head_width": 32},
-        {"rope_width": 8, "qkv_bias": True},
-        {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 64, "high": 16.0}},
-        {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 64, "truncate": False}},
-        {"qkv_bias": True, "rope_scaling": LLAMA3, "rope_theta": 500000.0},
+        ({"window": 16}, "window"),
+        ({"attention_scale": 0.5}, "attention_scale"),
+        ({"rope_width": 8, "head_width": 32}, "rope_width"),
+        ({"rope_width": 8, "qkv_bias": True}, "rope_width"),
+        ({"rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 64, "high": 16.0}}, "rope_scaling"),
+        (
+            {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 64, "truncate": False}},
+            "rope_scaling",
+        ),
+        ({"qkv_bias": True, "rope_scaling": LLAMA3, "rope_theta": 500000.0}, "qkv_bias"),
+        ({**WRITTEN["gemma2"], "local_layers": (False, True)}, "local_layers"),
+        ({**WRITTEN["gemma2"], "embedding_scale": 2.0}, "embedding_scale"),
+        ({**WRITTEN["gemma3"], "ffn": "geglu"}, "ffn"),
     ],
 )
 def test_what_llama_cpp_would_ignore_is_not_written(
-    fields: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path
+    fields: dict[str, Any], named: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="no architecture with these settings"):
+    with pytest.raises(UserError, match=f"no architecture with these settings .* differs in {named}\n"):
         save_gguf(drawn(**fields), tokenizer, tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3, short", "phi3, long, a part rotated"])
+@torch.no_grad()
+def test_a_folder_comes_back_from_gguf_as_the_same_family(
+    name: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = drawn(**WRITTEN[name])
+    save_model(model, tmp_path / "hf", tokenizer)
+    convert(ConvertConfig(source=str(tmp_path / "hf"), out=tmp_path / "m.gguf"))
+    convert(ConvertConfig(source=str(tmp_path / "m.gguf"), out=tmp_path / "back"))
+    before, after = (read_json(tmp_path / folder / "config.json") for folder in ("hf", "back"))
+    assert before["model_type"] == after["model_type"] != "danlu"
+    assert torch.equal(danlu.load(tmp_path / "back")[0](IDS), model(IDS))
+
+
+def test_the_scores_of_the_largest_gemmas(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Of 27 B parameters, which llama.cpp knows by their layers: by the stream's width, not the heads'."""
+    for layers, scale in ((46, 16**-0.5), (45, 32**-0.5)):
+        fields = {"n_layers": layers, "head_width": 32, "attention_scale": scale}
+        save_gguf(drawn(**{**WRITTEN["gemma2"], **fields}), tokenizer, tmp_path / "m.gguf")
+        assert sizes_of(tmp_path / "m.gguf").attention_scale == pytest.approx(scale)
+        with pytest.raises(UserError, match="attention_scale"):
+            save_gguf(
+                drawn(**{**WRITTEN["gemma2"], **fields, "attention_scale": 0.1}), tokenizer, tmp_path / "n"
+            )
 
 
 def test_numbers_of_many_digits_are_written(tokenizer: Tokenizer, tmp_path: Path) -> None:
