@@ -52,7 +52,7 @@ class _Header:
         self.need(tensors * _SMALLEST_TENSOR, f"{tensors} tensors")
         alignment = 32
         for number in range(keys):
-            key = self.text(f"key {number + 1}")
+            key = self.name(f"key {number + 1}")
             kind = self.number("<I", key)
             if (key, kind) == ("general.alignment", _UINT32):
                 alignment = struct.unpack_from("<I", self.raw, self.at)[0] if self.left >= 4 else 0
@@ -79,11 +79,14 @@ class _Header:
         self.at += size
         return int(struct.unpack_from(kind, self.raw, self.at - size)[0])
 
-    def text(self, what: str) -> str:
+    def text(self, what: str) -> bytes:
         length = self.number("<Q", what)
         self.need(length, f"{what} of {length} bytes")
         self.at += length
-        return self.raw[self.at - length : self.at].decode("utf-8")
+        return self.raw[self.at - length : self.at]
+
+    def name(self, what: str) -> str:
+        return self.text(what).decode("utf-8")
 
     def value(self, key: str, kind: int) -> None:
         if kind == _STRING:
@@ -109,7 +112,7 @@ class _Header:
 
     def tensor(self, number: int, kinds: dict[int, tuple[int, int]]) -> tuple[str, int, int]:
         """Name, offset in the data, and bytes."""
-        name = self.text(f"tensor {number + 1}")
+        name = self.name(f"tensor {number + 1}")
         dimensions = self.number("<I", name)
         if dimensions > _MOST_DIMENSIONS:
             raise ValueError(f"{name} has {dimensions} dimensions")

@@ -194,6 +194,8 @@ def test_a_setting_is_honoured(
         ("llama", {"attention.head_count_kv": [2, 2]}, "n_kv_heads: .*valid integer"),
         ("llama", {"attention.head_count_kv": 3}, "not a multiple of n_kv_heads 3"),
         ("llama", {"block_count": 4294967295}, "tensors of 2 layers, and block_count is 4294967295"),
+        ("llama", {"block_count": 1e12}, r"block_count is 9999999\d+\.0"),
+        ("llama", {"block_count": "1000000000"}, "block_count is 1000000000"),
         ("mixtral", {"expert_count": 4294967295}, "blk.0.ffn_gate_exps.weight has shape .* 4294967295"),
         ("llama", {"embedding_length": 65}, "has shape"),
         ("llama", {"feed_forward_length": 97}, "blk.0.ffn_(gate|up|down).weight has shape"),
