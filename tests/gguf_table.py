@@ -130,8 +130,8 @@ def changed(
             writer.add_key_value(name, field.contents(), field.types[0], inner)
     for name, value in keys.items():
         kind = gguf.GGUFValueType.get_type(value)
-        if isinstance(value, int) and value > 2**31:
-            kind = gguf.GGUFValueType.UINT64
+        if isinstance(value, int) and not isinstance(value, bool):
+            kind = gguf.GGUFValueType.UINT32 if value < 2**32 else gguf.GGUFValueType.UINT64
         if name != "general.architecture":
             inner = gguf.GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
             writer.add_key_value(name, value, kind, inner)

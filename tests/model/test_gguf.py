@@ -165,7 +165,7 @@ def test_llama_cpp_runs_what_we_write(name: str, tokenizer: Tokenizer, tmp_path:
     assert len(theirs) == 300
     ours = logits[n].log_softmax(-1)
     # A number that falls to the other side of a step of the table shows in many layers.
-    within = 1e-3 if model.config.ffn == "geglu_tanh" else 1e-4
+    within = 2e-3 if model.config.ffn == "geglu_tanh" else 1e-4
     for token in theirs:
         assert token["logprob"] == pytest.approx(ours[token["id"]].item(), abs=within)
 
