@@ -92,19 +92,21 @@ def load_model(
 ) -> Transformer:
     """Loads a Hugging Face folder of a family that danlu knows (`families.py`), or one of Meta's.
 
-    dtype None keeps the saved one. Raises UserError naming a setting that danlu does not implement, or a
-    tensor that is missing, unknown or of another shape.
+    dtype None keeps the saved one, and is float32 where there are several. Raises UserError naming a
+    setting that danlu does not implement, or a tensor that is missing, unknown, of another shape, or beyond
+    the range of `dtype`.
     """
     folder = Path(folder)
-    with torch.device("meta"):
-        model = Transformer(folder_sizes(folder))
+    model = weights.empty_model(folder_sizes(folder), str(folder))
     if is_meta(folder):
         state = weights.to_ours(META, model.config, model.state_dict(), MetaFiles(folder))
     else:
         family = families.find(read_json(folder / "config.json"), str(folder / "config.json"))
         with weights.TensorFiles(folder) as files:
             state = weights.to_ours(family, model.config, model.state_dict(), files)
-    saved = next(iter(state.values())).dtype
+    dtypes = {tensor.dtype for tensor in state.values()}
+    saved = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    weights.check_range(state, dtype or saved, str(folder))
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype or saved).eval()
 

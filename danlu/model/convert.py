@@ -10,6 +10,7 @@ from danlu.model.checkpoint import is_adapter, load, resolve, save_model
 from danlu.model.config import ConvertConfig
 from danlu.model.count import parameters
 from danlu.model.gguf import save_gguf
+from danlu.model.weights import check_range
 
 
 def convert(config: ConvertConfig) -> dict[str, Any]:
@@ -24,13 +25,15 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     to_gguf = config.out.suffix == ".gguf"
     if config.dtype == "q8_0" and not to_gguf:
         raise UserError("q8_0 is a kind of GGUF's", "let the name end in .gguf, or choose another dtype")
-    dtype = None if config.dtype in (None, "q8_0") else getattr(torch, config.dtype)
-    model, tokenizer = load(config.source, dtype)
+    # As they are: `save_gguf` narrows the matrices alone, and a norm that was rounded here would stay so.
+    model, tokenizer = load(config.source)
     saved = str(model.head_weight.dtype).removeprefix("torch.")
     if to_gguf:
         save_gguf(model, tokenizer, config.out, config.dtype or saved)  # type: ignore[arg-type]
     else:
-        save_model(model, config.out, tokenizer)
+        dtype = getattr(torch, config.dtype or saved)
+        check_range(model.state_dict(), dtype, config.source)
+        save_model(model.to(dtype=dtype), config.out, tokenizer)
     return {
         "source": config.source,
         "out": str(config.out),

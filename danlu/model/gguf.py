@@ -1,165 +1,39 @@
 """Models in llama.cpp's GGUF files: read with their quantised tensors unpacked, written as asked for.
 
-The package `gguf` (extra [gguf]) knows the container and the quantisations; this file knows what
-llama.cpp calls a model's sizes and tensors, as rows like those of `families.py`.
+The package `gguf` (extra [gguf]) knows the container and the quantisations, `gguf_architectures.py` what
+llama.cpp calls a model's sizes and tensors. A key of the architecture that no rule asks for is an error,
+unless its value changes nothing.
 """
 
+import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from danlu.core.config import explain
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_path
-from danlu.model.config import ModelConfig, RopeScaling
-from danlu.model.families import Family, names
-from danlu.model.positions import rope_frequencies
-from danlu.model.rules import HF, Always, Key
+from danlu.model.config import ModelConfig
+from danlu.model.families import Family
+from danlu.model.gguf_architectures import (
+    ARCHITECTURES,
+    DAMAGED,
+    DIVISORS,
+    NEUTRAL,
+    ROPE_LISTS,
+    SAY_NOTHING,
+    rope_divisors,
+)
+from danlu.model.gguf_header import check_header
 from danlu.model.transformer import Transformer
-from danlu.model.weights import to_ours, to_theirs
+from danlu.model.weights import check_range, empty_model, to_ours, to_theirs
 from danlu.tokens.from_gguf import tokenizer_from_gguf
 from danlu.tokens.to_gguf import tokenizer_to_gguf
 from danlu.tokens.tokenizer import Tokenizer
-
-
-def _head_width(metadata: HF) -> int:
-    return metadata["embedding_length"] // metadata["attention.head_count"]
-
-
-def _rounded(value: float) -> float:
-    """A float32 as it was meant: 1e-5, not 9.99999975e-06."""
-    return float(f"{value:.7g}")
-
-
-class _Scaling:
-    """Stretched rotary angles. LLaMA 3's are no keys but a tensor of divisors, here as a list."""
-
-    def read(self, hf: HF) -> dict[str, Any]:
-        kind, factor = hf.get("rope.scaling.type", "none"), hf.get("rope.scaling.factor", 1.0)
-        if divisors := hf.get(_DIVISORS):
-            return {"rope_scaling": _llama3(max(divisors))}
-        if kind == "none" or (kind == "linear" and factor in (0, 1)):
-            return {}
-        if kind not in ("linear", "yarn"):
-            raise UserError(f"rope.scaling.type is {kind!r}", "danlu knows none, linear and yarn")
-        original = hf["rope.scaling.original_context_length"] if kind == "yarn" else 0
-        return {"rope_scaling": RopeScaling(kind=kind, factor=_rounded(factor), original=original)}
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        scaling = config.rope_scaling
-        if scaling is None:
-            return {}
-        if scaling.kind == "llama3":
-            return {_DIVISORS: rope_divisors(config).tolist()}
-        keys = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
-        yarn = {"rope.scaling.original_context_length": scaling.original}
-        return {**keys, **(yarn if scaling.kind == "yarn" else {})}
-
-
-_DIVISORS, _DIVISORS_TENSOR = "rope_freqs", "rope_freqs.weight"
-"""Of the rotary frequencies: a tensor of the file, beside the keys of the architecture."""
-
-
-def _llama3(factor: float) -> RopeScaling:
-    """The bounds stand in no file: they are the same in every LLaMA from 3.1 on."""
-    return RopeScaling(kind="llama3", factor=_rounded(factor), original=8192, low=1.0, high=4.0)
-
-
-def rope_divisors(config: ModelConfig) -> Tensor:
-    """(rotated / 2,) float32: what LLaMA 3's scaling divides each frequency by."""
-    plain, _ = rope_frequencies(config.rope_theta, config.head_width)
-    scaled, _ = rope_frequencies(config.rope_theta, config.head_width, config.rope_scaling)
-    return (plain / scaled).float()
-
-
-@dataclass(frozen=True)
-class _Experts:
-    """Keys that a dense model must not have. `width`: the key of an expert's width, if it has its own."""
-
-    width: str | None = None
-
-    def read(self, hf: HF) -> dict[str, Any]:
-        if not hf.get("expert_count"):
-            return {}
-        own = {} if self.width is None else {"expert_width": hf[self.width]}
-        return {"n_experts": hf["expert_count"], "n_active": hf["expert_used_count"], **own}
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        if not config.n_experts:
-            return {}
-        own = {} if self.width is None else {self.width: config.expert_width or config.ffn_width}
-        return {"expert_count": config.n_experts, "expert_used_count": config.n_active, **own}
-
-
-_SHARED = (
-    Key("vocab_size", "vocab_size"),
-    Key("width", "embedding_length"),
-    Key("n_layers", "block_count"),
-    Key("n_heads", "attention.head_count"),
-    Key("n_kv_heads", "attention.head_count_kv", lambda metadata: metadata["attention.head_count"]),
-    Key("ffn_width", "feed_forward_length"),
-    Key("max_positions", "context_length"),
-    Key("tied_embeddings", "tied"),
-)
-_SIZES = (
-    *_SHARED,
-    Key("head_width", "attention.key_length", _head_width),
-    Key("norm_eps", "attention.layer_norm_rms_epsilon", 1e-5, _rounded),
-    Key("rope_theta", "rope.freq_base", 10000.0, _rounded),
-    _Scaling(),
-)
-_GPT = (
-    *_SHARED,
-    Key("norm_eps", "attention.layer_norm_epsilon", 1e-5, _rounded),
-    Always(norm="layernorm", ffn="gelu_tanh", qkv_bias=True, out_bias=True, ffn_bias=True),
-)
-_OUTER = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
-_INNER = {
-    "layers.{i}.attention_norm": "blk.{i}.attn_norm",
-    "layers.{i}.ffn_norm": "blk.{i}.ffn_norm",
-    "layers.{i}.attention.v": "blk.{i}.attn_v",
-    "layers.{i}.attention.out": "blk.{i}.attn_output",
-    "layers.{i}.attention.q_norm": "blk.{i}.attn_q_norm",
-    "layers.{i}.attention.k_norm": "blk.{i}.attn_k_norm",
-    "layers.{i}.ffn.gate": "blk.{i}.ffn_gate",
-    "layers.{i}.ffn.up": "blk.{i}.ffn_up",
-    "layers.{i}.ffn.down": "blk.{i}.ffn_down",
-    "layers.{i}.ffn.router": "blk.{i}.ffn_gate_inp",
-}
-_QK = {"layers.{i}.attention.q": "blk.{i}.attn_q", "layers.{i}.attention.k": "blk.{i}.attn_k"}
-_EXPERTS = names(
-    {f"layers.{{i}}.ffn.experts.{{e}}.{n}": f"blk.{{i}}.ffn_{n}_exps" for n in ("gate", "up", "down")},
-    "together",
-)
-_NAMES = names({**_OUTER, **_INNER})
-_GPT_NAMES = names(
-    {
-        **_OUTER,
-        **{ours: theirs for ours, theirs in _INNER.items() if not ours.endswith("attention.v")},
-        "layers.{i}.attention.q layers.{i}.attention.k layers.{i}.attention.v": "blk.{i}.attn_qkv",
-        "position_embedding": "position_embd",
-        "embedding_norm": "token_embd_norm",
-    }
-)
-
-ARCHITECTURES = (
-    Family("gpt2", "gpt2", (*_GPT, Always(positions="learned")), _GPT_NAMES, ""),
-    Family("bloom", "bloom", (*_GPT, Always(positions="alibi", embedding_norm=True)), _GPT_NAMES, ""),
-    # Rotated pairs are neighbours, as in Meta's files. Mixtral is of this architecture too.
-    Family("llama", "llama", (*_SIZES, _Experts()), names(_QK, "interleaved") + _NAMES + _EXPERTS, ""),
-    Family("qwen2", "qwen2", (*_SIZES, Always(qkv_bias=True)), _NAMES + names(_QK), ""),
-    Family("qwen3", "qwen3", (*_SIZES, Always(qk_norm=True)), _NAMES + names(_QK), ""),
-    Family(
-        "qwen3moe",
-        "qwen3moe",
-        (*_SIZES, _Experts("expert_feed_forward_length"), Always(qk_norm=True)),
-        _NAMES + names(_QK) + _EXPERTS,
-        "",
-    ),
-)
 
 
 class GgufFile:
@@ -171,18 +45,28 @@ class GgufFile:
         if not path.is_file():
             raise UserError(f"{path}: no such file", "check the path")
         try:
+            check_header(path, gguf.GGML_QUANT_SIZES)
             reader = gguf.GGUFReader(path)
             self.metadata = {key: field.contents() for key, field in reader.fields.items()}
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-            if _DIVISORS_TENSOR in self._tensors:
-                self.metadata[_DIVISORS] = self._tensors.pop(_DIVISORS_TENSOR).data.tolist()
         except Exception as error:  # of a damaged file the library raises whatever comes up
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: not a whole GGUF file: {text}", "fetch it again") from None
+        if (parts := self.metadata.get("split.count", 1)) not in (0, 1):
+            raise UserError(
+                f"{path}: one of {parts} parts", "put them together first: llama-gguf-split --merge"
+            )
+        for name in ROPE_LISTS:
+            if f"{name}.weight" in self._tensors:
+                self.metadata[name] = self.read(f"{name}.weight").flatten().tolist()
+                del self._tensors[f"{name}.weight"]
 
     @property
     def names(self) -> set[str]:
         return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
     def read(self, name: str) -> Tensor:
         """The tensor in float32, in the usual order of dimensions."""
@@ -197,6 +81,22 @@ class GgufFile:
         return torch.from_numpy(values.astype("float32", copy=True))
 
 
+class _Asked(dict[str, Any]):
+    """Remembers which keys the rules have asked for."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
 def read_config(file: GgufFile) -> tuple[Family, ModelConfig]:
     """The sizes of the model. Raises UserError for an architecture or setting that danlu doesn't know."""
     kind = file.metadata.get("general.architecture")
@@ -205,34 +105,93 @@ def read_config(file: GgufFile) -> tuple[Family, ModelConfig]:
         known = ", ".join(row.model_type for row in ARCHITECTURES)
         raise UserError(f"{file.where}: architecture {kind!r}", f"danlu reads {known} from GGUF")
     prefix = f"{kind}."
-    sizes = {key.removeprefix(prefix): v for key, v in file.metadata.items() if key.startswith(prefix)}
-    sizes |= {"tied": "output.weight" not in file.names, _DIVISORS: file.metadata.get(_DIVISORS)}
-    sizes.setdefault("vocab_size", len(file.metadata.get("tokenizer.ggml.tokens") or []))
+    sizes = _Asked(
+        {key.removeprefix(prefix): v for key, v in file.metadata.items() if key.startswith(prefix)}
+    )
+    entries = len(file.metadata.get("tokenizer.ggml.tokens") or [])
+    sizes["tied"] = "output.weight" not in file.names
+    sizes.setdefault("vocab_size", entries)
+    for name in ROPE_LISTS:
+        if name in file.metadata:
+            sizes[name] = file.metadata[name]
+    _check_layers(file, sizes)
     fields: dict[str, Any] = {"family": kind}
     try:
         for rule in family.rules:
             fields |= rule.read(sizes)
         config = ModelConfig(**fields)
     except UserError as error:
-        raise UserError(f"{file.where}: {kind}.{error.message}", error.remedy) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file.where}: {error}", "the file is incomplete or damaged") from None
-    divisors = sizes[_DIVISORS]
-    if divisors and not torch.allclose(torch.tensor(divisors), rope_divisors(config), rtol=1e-4):
-        raise UserError(f"{file.where}: {_DIVISORS_TENSOR} is not that of LLaMA 3", "danlu knows no other")
+        remedy = DAMAGED if error.message.endswith("is missing") else error.remedy
+        raise UserError(f"{file.where}: {kind}.{error.message}", remedy) from None
+    except ValidationError as error:
+        raise UserError(explain(error, ModelConfig, file.where), DAMAGED) from None
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        text = f"{kind}.{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{file.where}: {text}", DAMAGED) from None
+    _check_silent(file, family.model_type, sizes)
+    if entries > config.vocab_size:
+        raise UserError(
+            f"{file.where}: the tokenizer has {entries} entries, the model {config.vocab_size}", DAMAGED
+        )
+    if config.n_experts:
+        _check_experts(file, config.n_experts)
+    if (divisors := sizes.get(DIVISORS)) is not None:
+        _check_divisors(file, config, torch.tensor(divisors))
     return family, config
+
+
+def _check_layers(file: GgufFile, sizes: Mapping[str, Any]) -> None:
+    """Before anything is made for each layer: a lying count would eat time and memory."""
+    layers = {name.split(".")[1] for name in file.names if name.startswith("blk.")}
+    count = sizes.get("block_count", 0)
+    if not isinstance(count, int) or count > len(layers):
+        raise UserError(f"{file.where}: tensors of {len(layers)} layers, and block_count is {count}", DAMAGED)
+
+
+def _check_silent(file: GgufFile, kind: str, sizes: _Asked) -> None:
+    """Refuses what the file says and no rule has asked for."""
+    for key in sorted(sizes.keys() - sizes.asked):
+        if key in ROPE_LISTS:
+            raise UserError(f"{file.where}: unknown tensor {key}.weight", f"danlu knows none in {kind}")
+        if key not in SAY_NOTHING and sizes[key] not in NEUTRAL.get(key, (0,)):
+            raise UserError(
+                f"{file.where}: {kind}.{key} is {reprlib.repr(sizes[key])}",
+                f"danlu doesn't know that in {kind}",
+            )
+
+
+def _check_experts(file: GgufFile, n_experts: int) -> None:
+    name = "blk.0.ffn_gate_exps.weight"
+    if name not in file.names:
+        raise UserError(f"{file.where}: no tensor {name}", "the file is cut, or not of this model")
+    if (shape := file.shape(name))[0] != n_experts:
+        raise UserError(f"{file.where}: {name} has shape {shape}, and expert_count is {n_experts}", DAMAGED)
+
+
+def _check_divisors(file: GgufFile, config: ModelConfig, divisors: Tensor) -> None:
+    rotated = config.rope_width or config.head_width
+    where = f"{file.where}: {DIVISORS}.weight"
+    if len(divisors) != rotated // 2:
+        raise UserError(f"{where} holds {len(divisors)} numbers, expected {rotated // 2}", DAMAGED)
+    if not torch.allclose(divisors, rope_divisors(config), rtol=1e-4):
+        raise UserError(f"{where} is not that of LLaMA 3", "danlu knows no other")
 
 
 def load_gguf(
     path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer of a GGUF file; dtype None = float32, to which its tensors are unpacked."""
+    """The model and the tokenizer of a GGUF file; dtype None = float32, to which its tensors are unpacked.
+
+    Raises UserError naming a setting that danlu doesn't know, or a tensor that is missing, unknown, of
+    another shape, or beyond the range of `dtype`.
+    """
     file = GgufFile(path)
     family, config = read_config(file)
     tokenizer = tokenizer_from_gguf(file.metadata, str(path))
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.load_state_dict(to_ours(family, config, model.state_dict(), file), assign=True)
+    model = empty_model(config, str(path))
+    state = to_ours(family, config, model.state_dict(), file)
+    check_range(state, dtype or torch.float32, str(path))
+    model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
 
@@ -244,23 +203,29 @@ _KINDS: dict[Kind, tuple[str, str]] = {
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
 """The kind of the matrices, and what the file calls itself."""
+_LARGEST = {
+    "F16": torch.finfo(torch.float16).max,
+    "BF16": torch.finfo(torch.bfloat16).max,
+    "Q8_0": 127 * torch.finfo(torch.float16).max,
+    "F32": torch.finfo(torch.float32).max,
+}
+"""The largest number that a kind keeps; a block of Q8_0 has a scale in float16."""
 
 
 def save_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: Kind = "float16") -> None:
     """Writes a file that llama.cpp runs. Matrices are of `kind`; norms, biases and routers are float32.
 
-    Raises UserError where llama.cpp has no architecture, or no way to cut words, for what this model does.
+    Raises UserError where llama.cpp has no architecture, or no way to cut words, for what this model does,
+    and naming a tensor that `kind` can't hold.
     """
     gguf = _library()
+    if kind not in _KINDS:
+        raise UserError(f"GGUF keeps no weights as {kind}", f"choose a dtype: {', '.join(_KINDS)}")
     family, values = _express(model.config)
     arch = family.model_type
-    keys = {f"{arch}.{key}": value for key, value in values.items() if key not in ("tied", _DIVISORS)}
-    if model.config.positions == "rope":
-        keys |= {
-            f"{arch}.rope.dimension_count": model.config.head_width,
-            f"{arch}.attention.value_length": model.config.head_width,
-        }
-    keys |= {
+    lists = {name: values[name] for name in ROPE_LISTS if name in values}
+    keys = {
+        **{f"{arch}.{key}": value for key, value in values.items() if key not in ("tied", *lists)},
         "general.name": path.stem,
         "general.file_type": int(gguf.LlamaFileType[_KINDS[kind][1]]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
@@ -268,15 +233,16 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: Kind =
     }
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     tensors = to_theirs(family, model.config, state)
-    if divisors := values.get(_DIVISORS):
-        tensors[_DIVISORS_TENSOR] = torch.tensor(divisors)
+    tensors |= {f"{name}.weight": torch.tensor(values) for name, values in lists.items()}
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, arch)
         try:
             _add_keys(writer, keys)
             for name, tensor in tensors.items():
-                chosen = gguf.GGMLQuantizationType[_tensor_kind(name, tensor, kind)]
-                writer.add_tensor(name, gguf.quantize(tensor.float().numpy(), chosen), raw_dtype=chosen)
+                chosen = _tensor_kind(name, tensor, kind)
+                _check_largest(name, tensor, chosen)
+                packed = gguf.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[chosen])
+                writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType[chosen])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -284,22 +250,51 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: Kind =
             writer.close()
 
 
+def _check_largest(name: str, tensor: Tensor, chosen: str) -> None:
+    largest = tensor.abs().max().item() if tensor.numel() else 0.0
+    if largest > _LARGEST[chosen]:
+        raise UserError(
+            f"{name} holds {largest:.6g}, and {chosen} keeps no more than {_LARGEST[chosen]:,.0f}",
+            "choose another dtype: bfloat16 or float32",
+        )
+
+
 def _express(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     """The architecture that can say all of a config, and its keys."""
+    ours, differing = _said(config), set(ModelConfig.model_fields)
     for family in ARCHITECTURES:
-        values: dict[str, Any] = {}
-        for rule in family.rules:
-            values |= rule.write(config)
         fields: dict[str, Any] = {"family": config.family}
+        values: dict[str, Any] = {}
         try:
             for rule in family.rules:
+                values |= rule.write(config)
+            for rule in family.rules:
                 fields |= rule.read(values)
-            if ModelConfig(**fields) == config:
-                return family, values
-        except (UserError, KeyError, TypeError, ValueError):
+            theirs = _said(ModelConfig(**fields))
+        except (UserError, KeyError, TypeError, ValueError, ArithmeticError):
             continue
+        if theirs == ours:
+            return family, values
+        differing = min(differing, {key for key in ours if ours[key] != theirs[key]}, key=len)
     known = ", ".join(family.model_type for family in ARCHITECTURES)
-    raise UserError("GGUF has no architecture with these settings together", f"danlu writes {known}")
+    fault = "GGUF has no architecture with these settings together"
+    raise UserError(
+        f"{fault}; the nearest differs in {', '.join(sorted(differing))}",
+        f"danlu writes {known}, and nothing that llama.cpp would ignore in them",
+    )
+
+
+def _said(config: ModelConfig) -> Any:
+    """What a config says, to the digits that a file's float32 keeps."""
+    return _digits({**config.model_dump(exclude={"family"}), "attention_scale": config.score_scale})
+
+
+def _digits(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _digits(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_digits(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _tensor_kind(name: str, tensor: Tensor, kind: Kind) -> str:

@@ -52,6 +52,17 @@ class Together:
 
 
 @dataclass(frozen=True)
+class PlusOne:
+    """The factor 1 + weight of Gemma's norms, added as our norm adds it, in float32 (llama.cpp)."""
+
+    def split(self, theirs: Tensor, shapes: Shapes, config: ModelConfig) -> list[Tensor]:
+        return [theirs - 1]
+
+    def join(self, ours: list[Tensor], config: ModelConfig) -> Tensor:
+        return ours[0].float() + 1
+
+
+@dataclass(frozen=True)
 class ByHead:
     """Head by head: the first head's query, key and value rows, then the second's (GPT-NeoX, BLOOM)."""
 

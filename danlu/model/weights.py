@@ -21,7 +21,8 @@ from danlu.core.errors import UserError
 from danlu.core.files import read_json
 from danlu.model.config import ModelConfig
 from danlu.model.families import Family
-from danlu.model.layouts import ByHead, Interleaved, Layout, Stacked, Together
+from danlu.model.layouts import ByHead, Interleaved, Layout, PlusOne, Stacked, Together
+from danlu.model.transformer import Transformer
 
 LAYOUTS: dict[str, Layout] = {
     "stacked": Stacked(),
@@ -29,6 +30,7 @@ LAYOUTS: dict[str, Layout] = {
     "by_head": ByHead(),
     "interleaved": Interleaved(),
     "together": Together(),
+    "plus_one": PlusOne(),
 }
 
 
@@ -104,7 +106,7 @@ def to_ours(
             raise UserError(
                 f"{files.where}: {name} has shape {tuple(tensor.shape)}, expected "
                 f"{tuple(reversed(expected)) if entry.layout == LAYOUTS['transposed'] else expected}",
-                "compare with config.json",
+                "its sizes and its weights don't belong together",
             )
         state |= dict(zip(entry.ours, parts, strict=True))
     _refuse_unknown(family, config, names - used, files, state)
@@ -126,6 +128,32 @@ def _refuse_unknown(
                 "set tie_word_embeddings to false in config.json, or mend the weights",
             )
         raise UserError(f"{files.where}: unknown tensor {name}", "the weights are of another architecture")
+
+
+def empty_model(config: ModelConfig, where: str) -> Transformer:
+    """A model without memory, whose names and shapes `to_ours` goes by. Raises UserError for mad sizes."""
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (RuntimeError, TypeError, OverflowError):
+        raise UserError(f"{where}: its sizes make a matrix that no memory holds", _DAMAGED) from None
+
+
+def check_range(tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> None:
+    """Raises UserError naming a tensor with a number that would become infinite in `dtype`."""
+    most = torch.finfo(dtype).max
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{where}: {name} is of {kind}", "danlu knows weights that are not quantised")
+        if torch.finfo(tensor.dtype).max <= most or not tensor.numel():
+            continue
+        if (largest := tensor.abs().max().item()) > most:
+            kind = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{where}: {name} holds {largest:.6g}, and {kind} keeps no more than {most:,.0f}",
+                "choose another dtype: bfloat16 or float32",
+            )
 
 
 class Tensors(Protocol):

@@ -1,4 +1,4 @@
-"""GGUF files: the real SmolLM2 from its package against transformers, and files that are damaged."""
+"""GGUF files: the real SmolLM2 from its package against transformers, and what we write against llama.cpp."""
 
 import re
 from importlib.util import find_spec
@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_table import IDS, LLAMA3, WRITTEN, drawn, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import danlu
@@ -19,11 +20,10 @@ from danlu.data.chitchat import read_chitchat
 from danlu.generate.engine import Engine
 from danlu.generate.sampling import SamplingParams
 from danlu.model.checkpoint import resolve, save_model
-from danlu.model.config import ConvertConfig, ModelConfig
+from danlu.model.config import ConvertConfig
 from danlu.model.convert import convert
 from danlu.model.gguf import GgufFile, load_gguf, save_gguf
 from danlu.model.transformer import Transformer
-from danlu.tokens.bpe import train_bpe
 from danlu.tokens.tokenizer import Tokenizer
 
 TEXTS = [
@@ -40,6 +40,11 @@ def path() -> Path:
         return resolve("smollm2")
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -101,79 +106,6 @@ def test_piqa_is_as_published(loaded: tuple[Transformer, Tokenizer]) -> None:
     assert abs(accuracy - 0.66) <= 2 * (0.66 * 0.34 / len(rows)) ** 0.5, accuracy
 
 
-def small(path: Path) -> Path:
-    """A file of one tensor."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_damaged_files_are_one_clear_error(tmp_path: Path) -> None:
-    raw = small(tmp_path / "whole.gguf").read_bytes()
-    assert GgufFile(tmp_path / "whole.gguf").names == {"token_embd.weight"}
-    lying = raw.replace(b"general.architecture", b"general.architecture")
-    at = lying.index(b"general.architecture") - 8
-    lying = lying[:at] + (2**60).to_bytes(8, "little") + lying[at + 8 :]
-    for name, content in {
-        "magic": b"GGML" + raw[4:],
-        "cut": raw[: len(raw) // 2],
-        "short": raw[:-5],
-        "empty": b"",
-        "lying": lying,
-    }.items():
-        file = tmp_path / f"{name}.gguf"
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}.gguf: not a whole GGUF file"):
-            GgufFile(file)
-    with pytest.raises(UserError, match="no such file"):
-        load_gguf(tmp_path / "missing.gguf")
-    with pytest.raises(UserError, match="embedding_length is missing"):
-        load_gguf(tmp_path / "whole.gguf")
-
-
-IDS = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(1))
-SIZES = {
-    "vocab_size": 300, "width": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_width": 96,
-    "max_positions": 256, "tied_embeddings": False,
-}  # fmt: skip
-LLAMA3 = {"kind": "llama3", "factor": 8.0, "original": 8192, "low": 1.0, "high": 4.0}
-GPT = {
-    "norm": "layernorm", "ffn": "gelu_tanh", "qkv_bias": True, "out_bias": True, "ffn_bias": True,
-    "n_kv_heads": 4,
-}  # fmt: skip
-WRITTEN: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama, tied, wide heads": {"tied_embeddings": True, "head_width": 32},
-    "llama 3.1": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
-    "llama, linear": {"rope_scaling": {"kind": "linear", "factor": 4.0}},
-    "llama, yarn": {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original": 64}},
-    "mixtral": {"n_experts": 4, "n_active": 2},
-    "gpt2": {**GPT, "positions": "learned"},
-    "bloom": {**GPT, "positions": "alibi", "embedding_norm": True, "tied_embeddings": True},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-    "qwen3moe": {"qk_norm": True, "n_experts": 4, "n_active": 2, "expert_width": 32},
-}
-
-
-def drawn(**changes: Any) -> Transformer:
-    """A model with every tensor at random, biases and norms included."""
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{**SIZES, **changes}))
-    for p in model.parameters():
-        p.data = torch.randn_like(p) * 0.1 + (p.ndim == 1)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_bpe(["The furnace is hot, and the alchemist waits for gold. 丹炉\n" * 9, "abc def"] * 3, 300)
-
-
 @pytest.mark.parametrize("name", WRITTEN)
 @torch.no_grad()
 def test_what_is_written_is_read_to_the_bit(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -182,7 +114,9 @@ def test_what_is_written_is_read_to_the_bit(name: str, tokenizer: Tokenizer, tmp
     back, same = load_gguf(tmp_path / "m.gguf")
     assert back.config.model_dump(exclude={"family"}) == model.config.model_dump(exclude={"family"})
     for (key, p), q in zip(model.state_dict().items(), back.state_dict().values(), strict=True):
-        assert torch.equal(p, q), key
+        plus_one = model.config.norm_plus_one and "norm" in key
+        assert torch.equal(1 + p, 1 + q) if plus_one else torch.equal(p, q), key
+    assert torch.equal(model(IDS), back(IDS))
     text = "The furnace <|im_end|> 丹炉"
     assert same.encode(text) == tokenizer.encode(text)
     assert (same.eos_id, same.chat_template) == (tokenizer.eos_id, tokenizer.chat_template)
@@ -200,6 +134,12 @@ def test_transformers_reads_what_we_write(name: str, tokenizer: Tokenizer, tmp_p
     assert (model(IDS) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def gelu_by_table(x: torch.Tensor) -> torch.Tensor:
+    """GELU as llama.cpp looks it up, with arguments and values in float16."""
+    y = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+    return y.where(x > -10, 0).where(x < 10, x)
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 @torch.no_grad()
 def test_llama_cpp_runs_what_we_write(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -207,6 +147,9 @@ def test_llama_cpp_runs_what_we_write(name: str, tokenizer: Tokenizer, tmp_path:
     cpp = pytest.importorskip("xllamacpp")
     model = drawn(**WRITTEN[name])
     save_gguf(model, tokenizer, tmp_path / "m.gguf", "float32")
+    if model.config.ffn in ("gelu_tanh", "geglu_tanh"):
+        for layer in model.layers:
+            layer.ffn.activation = gelu_by_table
     logits = model(IDS[:1])[0]
     # It says nothing of a token that is no whole character, or ends the text.
     plain = [n for n, best in enumerate(logits.argmax(-1).tolist()) if tokenizer.token_bytes[best].isascii()]
@@ -221,8 +164,8 @@ def test_llama_cpp_runs_what_we_write(name: str, tokenizer: Tokenizer, tmp_path:
     theirs = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     assert len(theirs) == 300
     ours = logits[n].log_softmax(-1)
-    # llama.cpp looks GELU up in a table of float16.
-    within = 2e-3 if model.config.ffn == "gelu_tanh" else 1e-4
+    # A number that falls to the other side of a step of the table shows in many layers.
+    within = 2e-3 if model.config.ffn == "geglu_tanh" else 1e-4
     for token in theirs:
         assert token["logprob"] == pytest.approx(ours[token["id"]].item(), abs=within)
 
@@ -240,26 +183,6 @@ def test_quantised_tensors_are_those_of_the_library(
     assert np.array_equal(file.read("blk.0.ffn_up.weight").numpy(), expected)
     assert np.abs(expected - up).max() > 0
     assert torch.equal(file.read("blk.0.ffn_norm.weight"), model.layers[0].ffn_norm.weight)
-
-
-PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16", "F32")
-
-
-@pytest.mark.parametrize("kind", PACKED)
-def test_every_kind_is_unpacked(kind: str, tmp_path: Path) -> None:
-    """Blocks of random bytes; F16 scales among them may be anything, so nan is where theirs is."""
-    which = gguf.GGMLQuantizationType[kind]
-    block, size = gguf.GGML_QUANT_SIZES[which]
-    raw = np.random.default_rng(0).integers(0, 120, (4, 512 // block * size), dtype=np.uint8)
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_tensor("token_embd.weight", raw, raw_dtype=which)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    got = GgufFile(tmp_path / "m.gguf").read("token_embd.weight").numpy()
-    assert got.shape == (4, 512)
-    assert np.array_equal(got, gguf.dequantize(raw, which).astype(np.float32), equal_nan=True)
 
 
 def test_what_gguf_cannot_say_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

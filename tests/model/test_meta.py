@@ -154,8 +154,74 @@ def test_damaged_folders_are_one_clear_error(tmp_path: Path, monkeypatch: pytest
     refused("other tensors than consolidated.00.pth")
     write(tmp_path / "m", n_layers=3)
     (tmp_path / "m/consolidated.01.pth").unlink()
-    refused("no tensor layers.2")
+    refused("tensors of 2 layers, and n_layers is 3")
     write(tmp_path / "m", dim="wide")
     refused("params.json")
     write(tmp_path / "m", multiple_of=32, ffn_dim_multiplier=2.0)
     refused("feed_forward.w1.weight has shape")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"multiple_of": 0}, "multiple_of: input should be greater than or equal to 1"),
+        ({"multiple_of": "256"}, "multiple_of: input should be a valid integer"),
+        ({"n_layers": 10**9}, "tensors of 2 layers, and n_layers is 1000000000"),
+        ({"n_layers": 0}, "n_layers: input should be greater"),
+        ({"n_layers": True}, "n_layers: input should be a valid integer"),
+        ({"n_heads": 0}, "n_heads: input should be greater"),
+        ({"n_heads": 5}, "not a multiple of n_heads 5"),
+        ({"n_kv_heads": 4}, "not a multiple of n_kv_heads 4"),
+        ({"dim": None}, "dim: input should be a valid integer"),
+        ({"dim": 10**30}, "dim: input should be less"),
+        ({"dim": 2**31 - 8}, "has shape|no memory holds"),
+        ({"ffn_dim_multiplier": float("inf")}, "ffn_dim_multiplier: input should be a finite number"),
+        ({"ffn_dim_multiplier": 1e308}, "ffn_dim_multiplier is 1e\\+308|no memory holds|has shape"),
+        ({"ffn_dim_multiplier": -1.0}, "ffn_dim_multiplier: input should be greater"),
+        ({"norm_eps": float("nan")}, "norm_eps: input should be"),
+        ({"rope_theta": 0}, "rope_theta: input should be greater"),
+        ({"use_scaled_rope": "yes"}, "use_scaled_rope: input should be a valid boolean"),
+        ({"use_scaled_rope": True, "rope_scaling_factor": 0.5}, "factor: input should be greater"),
+        ({"vocab_size": 41}, "vocab_size is 41, and output.weight has 40 rows"),
+        ({"sliding_window": 4096}, "sliding_window: unknown key"),  # Mistral's
+    ],
+)
+def test_bad_params_are_one_clear_error(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    write(tmp_path, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(tmp_path)
+    assert str(tmp_path) in caught.value.message
+    assert caught.value.remedy
+
+
+def test_params_that_are_no_table_are_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    for text in ("[1, 2]", "null", "{", "{}"):
+        (tmp_path / "params.json").write_text(text)
+        with pytest.raises(UserError, match=r"params\.json"):
+            load_model(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    def refused(message: str, number: int, changes: dict[str, Tensor], without: str = "") -> None:
+        write(tmp_path / "m", 2)
+        file = tmp_path / f"m/consolidated.{number:02}.pth"
+        torch.save({k: v for k, v in {**torch.load(file), **changes}.items() if k != without}, file)
+        with pytest.raises(UserError, match=message) as caught:
+            load_model(tmp_path / "m")
+        assert caught.value.remedy
+
+    refused("parts of layers.0.attention.wq.weight", 1, {"layers.0.attention.wq.weight": torch.ones(24, 47)})
+    refused("norm.weight differs from part to part", 1, {"norm.weight": torch.zeros(48)})
+    refused("parts of output.weight", 1, {"output.weight": torch.tensor(1.0)})
+    refused("other tensors", 1, {}, "output.weight")
+    write(tmp_path / "m")
+    file = tmp_path / "m/consolidated.00.pth"
+    (tmp_path / "m/consolidated.01.pth").unlink()
+    layers = {f"layers.{i}.a": torch.ones(1) for i in range(2)}
+    torch.save({"output.weight": torch.tensor(1.0), **layers}, file)
+    with pytest.raises(UserError, match=r"output.weight has shape \(\)"):
+        load_model(tmp_path / "m")
+    torch.save(layers, file)
+    with pytest.raises(UserError, match=r"no tensor tok_embeddings\.weight"):
+        load_model(tmp_path / "m")
