@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
+from sentencepiece_models import train
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from danlu.core.errors import UserError
-from danlu.model.checkpoint import load_model, resolve, sizes_of
+from danlu.model.checkpoint import load, load_model, resolve, sizes_of
+from danlu.model.config import ConvertConfig
+from danlu.model.convert import convert
 from danlu.model.meta import ffn_width
 
 PARAMS = {
@@ -225,3 +230,18 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     torch.save(layers, file)
     with pytest.raises(UserError, match=r"no tensor tok_embeddings\.weight"):
         load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_the_tokenizer_may_lie_one_folder_above(above: bool, tmp_path: Path) -> None:
+    file = (tmp_path if above else tmp_path / "7B") / "tokenizer.model"
+    write(tmp_path / "7B")
+    file.write_bytes(train(["the furnace is hot"] * 9, "t5", vocab_size=20))
+    model, tokenizer = load(tmp_path / "7B")
+    assert tokenizer.encode("hot") == sentencepiece.SentencePieceProcessor(model_file=str(file)).encode("hot")
+    assert tokenizer.document_start == [1]
+    convert(ConvertConfig(source=str(tmp_path / "7B"), out=tmp_path / "hf"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, model(IDS), atol=1e-4, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("hot")["input_ids"] == [1, *tokenizer.encode("hot")]
