@@ -1,10 +1,11 @@
 """Memory of a training step, beside transformers' Trainer; and of attention as sequences grow.
 
-    python benchmarks/memory.py [--parts step attention] [--batch-size 4] [--plot FILE] [--json FILE]
+    python benchmarks/memory.py [--parts step attention] [--batch-size 4] [--dtype bf16] [--json FILE]
 
 step: peak memory, above the resident size after imports, of two training steps of the LLaMA 135M shape
 (30 layers of width 576, vocabulary 49,152, sequence 2,048), for danlu and for the Trainer, each without and
-with activation checkpointing, each in a process of its own. bf16 where the processor has it, else float32.
+with activation checkpointing, each in a process of its own. bf16 where the processor has it, else float32
+(bf16 computes there too, ten times as long).
 
 attention: peak memory, above that of its inputs, of danlu's attention forward and backward on the
 processor: causal, packed, ALiBi, sliding window; at 2k to 16k tokens. The exponent of the length is fitted
@@ -112,23 +113,36 @@ def in_a_process(function: Callable[..., None], *arguments: Any) -> int:
         process.join()
 
 
-def measure_step(batch_size: int, dtype: str) -> dict[str, int]:
-    found = {}
+Rows = list[dict[str, Any]]
+
+
+def measure_step(batch_size: int, dtype: str) -> Rows:
+    rows: Rows = []
     for name in CONTESTANTS:
-        found[name] = in_a_process(step_memory, name, batch_size, dtype)
-        say(f"{name}: {found[name] / 1e6:,.0f} MB")
-    return found
+        size = in_a_process(step_memory, name, batch_size, dtype)
+        rows.append({"part": "step", "name": name, "batch_size": batch_size, "dtype": dtype, "bytes": size})
+        say(f"{name}: {size / 1e6:,.0f} MB")
+    return rows
 
 
-def measure_attention() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+def step_ratios(rows: Rows) -> dict[str, float]:
+    """Of the leaner way of danlu's to each of the Trainer's."""
+    found = {row["name"]: row["bytes"] for row in rows}
+    best = min(found["danlu"], found["danlu, checkpointed"])
+    return {f"step / {name}": best / found[name] for name in ("Trainer", "Trainer, checkpointed")}
+
+
+def measure_attention() -> Rows:
+    rows: Rows = []
     for kind in KINDS:
         lengths = SQUARE_LENGTHS if kind == "sdpa, masked" else LENGTHS
         sizes = [in_a_process(attention_memory, kind, length) for length in lengths]
         slope = exponent(lengths, sizes)
-        found[kind] = {"lengths": lengths, "bytes": sizes, "exponent": slope}
+        rows.append(
+            {"part": "attention", "name": kind, "lengths": lengths, "bytes": sizes, "exponent": slope}
+        )
         say(f"{kind}: " + ", ".join(f"{size / 1e6:,.0f} MB" for size in sizes) + f"; exponent {slope:.2f}")
-    return found
+    return rows
 
 
 def exponent(lengths: tuple[int, ...], sizes: list[int]) -> float:
@@ -139,14 +153,15 @@ def exponent(lengths: tuple[int, ...], sizes: list[int]) -> float:
     return covariance / sum((x - mean_x) ** 2 for x in xs)
 
 
-def plot(attention: dict[str, dict[str, Any]], file: Path) -> None:
+def plot(rows: Rows, file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for kind, row in attention.items():
+    for row in rows:
         megabytes = [size / 1e6 for size in row["bytes"]]
-        axes.loglog(row["lengths"], megabytes, "o-", base=2, label=f"{kind}, exponent {row['exponent']:.2f}")
+        label = f"{row['name']}, exponent {row['exponent']:.2f}"
+        axes.loglog(row["lengths"], megabytes, "o-", base=2, label=label)
     axes.set(xlabel="tokens", ylabel="MB, forward and backward")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -157,27 +172,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=["step", "attention"], default=["step", "attention"])
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--dtype", choices=["auto", "bf16", "float32"], default="auto", help="of the step")
     parser.add_argument("--plot", type=Path, help="draw attention's memory into this file")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
 
     from danlu.core.device import machine
 
-    result: dict[str, Any] = {"machine": asdict(machine())}
+    result: dict[str, Any] = {"machine": asdict(machine()), "rows": [], "ratios": {}}
     if "step" in options.parts:
-        dtype = "bf16" if machine().bf16_native else "float32"
+        native = "bf16" if machine().bf16_native else "float32"
+        dtype = native if options.dtype == "auto" else options.dtype
         say(f"{dtype}, {memory_bytes() / 1e9:.0f} GB of memory, batch {options.batch_size}")
-        found = measure_step(options.batch_size, dtype)
-        result["step"] = {"dtype": dtype, "batch_size": options.batch_size, "bytes": found}
-        best = min(found["danlu"], found["danlu, checkpointed"])
-        print(
-            f"step: danlu needs {best / found['Trainer']:.2f} of the Trainer's memory without checkpointing, "
-            f"and {best / found['Trainer, checkpointed']:.2f} of that with it"
-        )
+        result["rows"] += measure_step(options.batch_size, dtype)
+        result["ratios"] = step_ratios(result["rows"])
+        for name, ratio in result["ratios"].items():
+            print(f"{name}: danlu needs {ratio:.2f} of its memory")
     if "attention" in options.parts:
-        result["attention"] = measure_attention()
+        attention = measure_attention()
+        result["rows"] += attention
         if options.plot:
-            plot(result["attention"], options.plot)
+            plot(attention, options.plot)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

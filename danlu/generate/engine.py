@@ -3,7 +3,7 @@
 import codecs
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,9 +42,7 @@ class Engine:
         if isinstance(prompt, str):
             return [*self.tokenizer.document_start, *self.tokenizer.encode(prompt)]
         parts: list[Any] = list(prompt)
-        if parts and isinstance(parts[0], dict):
-            return render_prompt(parts, self.tokenizer)
-        return [int(token) for token in parts]
+        return render_prompt(parts, self.tokenizer) if _is_chat(parts) else [int(token) for token in parts]
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """One completion a prompt, as one batch. Raises UserError for a prompt beyond the context."""
@@ -54,16 +52,24 @@ class Engine:
             completion.ids.append(token)
             completion.logprobs.append(logprob)
             completion.finish_reason = "stop" if done else "length"
-        for completion in completions:
-            completion.text = self.tokenizer.decode(completion.ids)
+        for prompt, completion in zip(prompts, completions, strict=True):
+            completion.text = "".join(self._pieces(prompt, completion.ids))
         return completions
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
         """The answer piece by piece, each piece whole characters; together they are `generate`'s text."""
+        return self._pieces(
+            prompt, (token for _, token, _, _ in self._steps([self.prompt_ids(prompt)], params))
+        )
+
+    def _pieces(self, prompt: Prompt, ids: Iterable[int]) -> Iterator[str]:
+        """The text of an answer: behind a text it begins with a blank where a word does; a reply does not."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for _, token, _, _ in self._steps([self.prompt_ids(prompt)], params):
+        begins = _is_chat(prompt) and self.tokenizer.drops_first_blank
+        for token in ids:
             if piece := decoder.decode(self.tokenizer.decode_bytes([token])):
-                yield piece
+                yield piece.removeprefix(" ") if begins else piece
+                begins = False
         if rest := decoder.decode(b"", final=True):
             yield rest
 
@@ -129,6 +135,10 @@ class Engine:
                 f"the prompt holds the id {wrong}, the model's vocabulary has {config.vocab_size} entries",
                 "use the tokenizer that belongs to the model",
             )
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    return bool(prompt) and isinstance(prompt[0], dict)
 
 
 def _generator(seed: int, ids: list[int]) -> torch.Generator:

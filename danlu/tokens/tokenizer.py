@@ -109,8 +109,10 @@ class Tokenizer:
             cut = next(
                 (begin + 1 for number, (begin, end) in places if self._is_spelt(number, text[begin:end])), 0
             )
-            if not 0 < cut < len(text):
+            if not cut:
                 return ids + encoding.ids
+            if cut == len(text):
+                raise UserError(f"the tokenizer makes a special token of the text {text!r}", "remove it")
             ids += backend.encode(text[:cut], add_special_tokens=False).ids
             text, backend = text[cut:], rest
 
@@ -148,7 +150,7 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text, without special tokens; bytes that aren't UTF-8 become U+FFFD."""
         text = self.decode_bytes(ids).decode("utf-8", "replace")
-        return text[1:] if self._drops_first_blank and text.startswith(" ") else text
+        return text[1:] if self.drops_first_blank and text.startswith(" ") else text
 
     def encode_bytes(self, raw: bytes) -> list[int]:
         """Any bytes, not normalised; what isn't UTF-8 goes byte by byte. `decode_bytes` gives them back.
@@ -213,7 +215,8 @@ class Tokenizer:
         return any(_adds_blank(part) and part.get("prepend_scheme") != "first" for part in parts)
 
     @cached_property
-    def _drops_first_blank(self) -> bool:
+    def drops_first_blank(self) -> bool:
+        """Whether the blank before the first word is no part of a text."""
         return any(
             (step["type"] == "Strip" and step["start"])
             or (step["type"] == "Metaspace" and step["prepend_scheme"] != "never")
