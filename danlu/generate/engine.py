@@ -138,7 +138,7 @@ class Engine:
 
 
 def _is_chat(prompt: Prompt) -> bool:
-    return bool(prompt) and isinstance(prompt[0], dict)
+    return len(prompt) > 0 and isinstance(prompt[0], dict)
 
 
 def _generator(seed: int, ids: list[int]) -> torch.Generator:
