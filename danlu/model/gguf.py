@@ -254,7 +254,7 @@ def _check_largest(name: str, tensor: Tensor, chosen: str) -> None:
     largest = tensor.abs().max().item() if tensor.numel() else 0.0
     if largest > _LARGEST[chosen]:
         raise UserError(
-            f"{name} holds {largest:.6g}, and {chosen} keeps no more than {_LARGEST[chosen]:,.0f}",
+            f"{name} holds {largest:.6g}, and {chosen} keeps no more than {_LARGEST[chosen]:,.6g}",
             "choose another dtype: bfloat16 or float32",
         )
 

@@ -88,7 +88,7 @@ class MetaFiles:
     def read(self, name: str) -> Tensor:
         parts = [part[name] for part in self._parts]
         if parts[0].ndim < 2 or len(parts) == 1:
-            if any(not torch.equal(part, parts[0]) for part in parts[1:]):
+            if not all(_is_copy(part, parts[0]) for part in parts[1:]):
                 raise UserError(f"{self.where}: {name} differs from part to part", _APART)
             return parts[0]
         by_input = name.endswith(_CUT_BY_INPUT)
@@ -99,6 +99,11 @@ class MetaFiles:
         except (RuntimeError, IndexError):
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
             raise UserError(f"{self.where}: the parts of {name} have shapes {shapes}", _APART) from None
+
+
+def _is_copy(a: Tensor, b: Tensor) -> bool:
+    """Whether two parts hold one vector; processes that each train their copy may drift apart a little."""
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-3)
 
 
 _APART = "they don't belong together; fetch them again"

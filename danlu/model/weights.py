@@ -151,7 +151,7 @@ def check_range(tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str) -
         if (largest := tensor.abs().max().item()) > most:
             kind = str(dtype).removeprefix("torch.")
             raise UserError(
-                f"{where}: {name} holds {largest:.6g}, and {kind} keeps no more than {most:,.0f}",
+                f"{where}: {name} holds {largest:.6g}, and {kind} keeps no more than {most:,.6g}",
                 "choose another dtype: bfloat16 or float32",
             )
 
