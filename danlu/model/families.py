@@ -5,26 +5,31 @@ that it keeps otherwise than we do). Nothing else in danlu knows a model by its 
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from danlu.core.errors import UserError
 from danlu.model.config import ModelConfig
+from danlu.model.family_names import (
+    BLOOM_NAMES,
+    GEMMA_NAMES,
+    GPT2_NAMES,
+    GPT_NAMES,
+    GPTJ_NAMES,
+    LLAMA_NAMES,
+    MIXTRAL_NAMES,
+    NEOX_NAMES,
+    OPT_NAMES,
+    OWN_NAMES,
+    PHI3_NAMES,
+    QWEN_MOE_NAMES,
+    Names,
+)
 from danlu.model.rules import HF, Always, Key, Only, Rope, Rule, Width, Windows, choice, optional
 
 OWN = "danlu"
 """The family that says anything, and that only danlu loads."""
-
-
-@dataclass(frozen=True)
-class Names:
-    """Our module (or several, where theirs holds them all) and theirs; `{i}` the layer, `{e}` the expert."""
-
-    ours: tuple[str, ...]
-    theirs: str
-    layout: str = "stacked"
 
 
 @dataclass(frozen=True)
@@ -39,179 +44,6 @@ class Family:
     ignored: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))
     """Ends of the names of tensors that are no weights."""
 
-
-def names(table: Mapping[str, str], layout: str = "stacked") -> tuple[Names, ...]:
-    """Rows of {ours: theirs}; several of ours are separated by spaces."""
-    return tuple(Names(tuple(ours.split()), theirs, layout) for ours, theirs in table.items())
-
-
-# Names
-
-_QKV = "layers.{i}.attention.q layers.{i}.attention.k layers.{i}.attention.v"
-_LAYER = "model.layers.{i}."
-_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-_NORMS = {
-    "layers.{i}.attention_norm": _LAYER + "input_layernorm",
-    "layers.{i}.ffn_norm": _LAYER + "post_attention_layernorm",
-}
-_ATTENTION = {
-    "layers.{i}.attention.q": _LAYER + "self_attn.q_proj",
-    "layers.{i}.attention.k": _LAYER + "self_attn.k_proj",
-    "layers.{i}.attention.v": _LAYER + "self_attn.v_proj",
-    "layers.{i}.attention.out": _LAYER + "self_attn.o_proj",
-    "layers.{i}.attention.q_norm": _LAYER + "self_attn.q_norm",
-    "layers.{i}.attention.k_norm": _LAYER + "self_attn.k_norm",
-}
-_FFN = {
-    "layers.{i}.ffn.gate": _LAYER + "mlp.gate_proj",
-    "layers.{i}.ffn.up": _LAYER + "mlp.up_proj",
-    "layers.{i}.ffn.down": _LAYER + "mlp.down_proj",
-}
-_LLAMA_NAMES = names({**_OUTER, **_NORMS, **_ATTENTION, **_FFN})
-
-_MIXTRAL_NAMES = names(
-    {
-        **_OUTER,
-        **_NORMS,
-        **_ATTENTION,
-        "layers.{i}.ffn.router": _LAYER + "block_sparse_moe.gate",
-        "layers.{i}.ffn.experts.{e}.gate": _LAYER + "block_sparse_moe.experts.{e}.w1",
-        "layers.{i}.ffn.experts.{e}.up": _LAYER + "block_sparse_moe.experts.{e}.w3",
-        "layers.{i}.ffn.experts.{e}.down": _LAYER + "block_sparse_moe.experts.{e}.w2",
-    }
-)
-_QWEN_MOE_NAMES = _LLAMA_NAMES + names(
-    {
-        "layers.{i}.ffn.router": _LAYER + "mlp.gate",
-        "layers.{i}.ffn.experts.{e}.gate": _LAYER + "mlp.experts.{e}.gate_proj",
-        "layers.{i}.ffn.experts.{e}.up": _LAYER + "mlp.experts.{e}.up_proj",
-        "layers.{i}.ffn.experts.{e}.down": _LAYER + "mlp.experts.{e}.down_proj",
-    }
-)
-_GEMMA_INNER = {
-    "layers.{i}.attention_norm": _LAYER + "input_layernorm",
-    "layers.{i}.attention_post_norm": _LAYER + "post_attention_layernorm",
-    "layers.{i}.ffn_norm": _LAYER + "pre_feedforward_layernorm",
-    "layers.{i}.ffn_post_norm": _LAYER + "post_feedforward_layernorm",
-    **_ATTENTION,
-    **_FFN,
-}
-_GEMMA_NAMES = names({**_OUTER, **_GEMMA_INNER})
-_PHI3_NAMES = names(
-    {
-        **_OUTER,
-        **_NORMS,
-        _QKV: _LAYER + "self_attn.qkv_proj",
-        "layers.{i}.attention.out": _LAYER + "self_attn.o_proj",
-        "layers.{i}.ffn.gate layers.{i}.ffn.up": _LAYER + "mlp.gate_up_proj",
-        "layers.{i}.ffn.down": _LAYER + "mlp.down_proj",
-    }
-)
-
-_GPT_MATRICES = names(
-    {
-        _QKV: "transformer.h.{i}.attn.c_attn",
-        "layers.{i}.attention.out": "transformer.h.{i}.attn.c_proj",
-        "layers.{i}.ffn.up": "transformer.h.{i}.mlp.c_fc",
-        "layers.{i}.ffn.down": "transformer.h.{i}.mlp.c_proj",
-    },
-    "transposed",
-)
-_GPT_NORMS = {
-    "layers.{i}.attention_norm": "transformer.h.{i}.ln_1",
-    "layers.{i}.ffn_norm": "transformer.h.{i}.ln_2",
-    "head": "lm_head",
-}
-_GPT_NAMES = _GPT_MATRICES + names(
-    {
-        **_GPT_NORMS,
-        "embedding": "transformer.tokens_embed",
-        "position_embedding": "transformer.positions_embed",
-    }
-)
-_GPT2_NAMES = _GPT_MATRICES + names(
-    {
-        **_GPT_NORMS,
-        "embedding": "transformer.wte",
-        "position_embedding": "transformer.wpe",
-        "norm": "transformer.ln_f",
-    }
-)
-_OPT_LAYER = "model.decoder.layers.{i}."
-_OPT_NAMES = names(
-    {
-        "embedding": "model.decoder.embed_tokens",
-        "position_embedding": "model.decoder.embed_positions",
-        "embedding_in": "model.decoder.project_in",
-        "embedding_out": "model.decoder.project_out",
-        "norm": "model.decoder.final_layer_norm",
-        "head": "lm_head",
-        "layers.{i}.attention_norm": _OPT_LAYER + "self_attn_layer_norm",
-        "layers.{i}.ffn_norm": _OPT_LAYER + "final_layer_norm",
-        "layers.{i}.attention.q": _OPT_LAYER + "self_attn.q_proj",
-        "layers.{i}.attention.k": _OPT_LAYER + "self_attn.k_proj",
-        "layers.{i}.attention.v": _OPT_LAYER + "self_attn.v_proj",
-        "layers.{i}.attention.out": _OPT_LAYER + "self_attn.out_proj",
-        "layers.{i}.ffn.up": _OPT_LAYER + "fc1",
-        "layers.{i}.ffn.down": _OPT_LAYER + "fc2",
-    }
-)
-_NEOX_LAYER = "gpt_neox.layers.{i}."
-_NEOX_NAMES = names({_QKV: _NEOX_LAYER + "attention.query_key_value"}, "by_head") + names(
-    {
-        "embedding": "gpt_neox.embed_in",
-        "norm": "gpt_neox.final_layer_norm",
-        "head": "embed_out",
-        "layers.{i}.attention_norm": _NEOX_LAYER + "input_layernorm",
-        "layers.{i}.ffn_norm": _NEOX_LAYER + "post_attention_layernorm",
-        "layers.{i}.attention.out": _NEOX_LAYER + "attention.dense",
-        "layers.{i}.ffn.up": _NEOX_LAYER + "mlp.dense_h_to_4h",
-        "layers.{i}.ffn.down": _NEOX_LAYER + "mlp.dense_4h_to_h",
-    }
-)
-_GPTJ_NAMES = names(
-    {
-        "layers.{i}.attention.q": "transformer.h.{i}.attn.q_proj",
-        "layers.{i}.attention.k": "transformer.h.{i}.attn.k_proj",
-    },
-    "interleaved",
-) + names(
-    {
-        "embedding": "transformer.wte",
-        "norm": "transformer.ln_f",
-        "head": "lm_head",
-        "layers.{i}.attention_norm": "transformer.h.{i}.ln_1",
-        "layers.{i}.attention.v": "transformer.h.{i}.attn.v_proj",
-        "layers.{i}.attention.out": "transformer.h.{i}.attn.out_proj",
-        "layers.{i}.ffn.up": "transformer.h.{i}.mlp.fc_in",
-        "layers.{i}.ffn.down": "transformer.h.{i}.mlp.fc_out",
-    }
-)
-_BLOOM_LAYER = "transformer.h.{i}."
-_BLOOM_NAMES = names({_QKV: _BLOOM_LAYER + "self_attention.query_key_value"}, "by_head") + names(
-    {
-        "embedding": "transformer.word_embeddings",
-        "embedding_norm": "transformer.word_embeddings_layernorm",
-        "norm": "transformer.ln_f",
-        "head": "lm_head",
-        "layers.{i}.attention_norm": _BLOOM_LAYER + "input_layernorm",
-        "layers.{i}.ffn_norm": _BLOOM_LAYER + "post_attention_layernorm",
-        "layers.{i}.attention.out": _BLOOM_LAYER + "self_attention.dense",
-        "layers.{i}.ffn.up": _BLOOM_LAYER + "mlp.dense_h_to_4h",
-        "layers.{i}.ffn.down": _BLOOM_LAYER + "mlp.dense_4h_to_h",
-    }
-)
-
-_OWN_NAMES = names(
-    {
-        name: name
-        for name in (
-            *("embedding", "position_embedding", "embedding_in", "embedding_norm", "embedding_out"),
-            *("norm", "head", *_GEMMA_INNER, "layers.{i}.ffn.router"),
-            *(f"layers.{{i}}.ffn.experts.{{e}}.{part}" for part in ("gate", "up", "down")),
-        )
-    }
-)
 
 # Rules
 
@@ -362,13 +194,13 @@ FAMILIES = (
             _LlamaBias(),
             Key("ffn_bias", "mlp_bias", False),
         ),
-        _LLAMA_NAMES,
+        LLAMA_NAMES,
     ),
     Family(
         "mistral",
         "MistralForCausalLM",
         (*_sizes(positions=4096 * 32, kv=lambda hf: 8), _rms(1e-6), Rope(), _SILU, Windows(4096)),
-        _LLAMA_NAMES,
+        LLAMA_NAMES,
     ),
     Family(
         "qwen2",
@@ -381,7 +213,7 @@ FAMILIES = (
             Windows(4096, "use_sliding_window", _after_max_window_layers),
             Always(qkv_bias=True),
         ),
-        _LLAMA_NAMES,
+        LLAMA_NAMES,
     ),
     Family(
         "qwen3",
@@ -395,7 +227,7 @@ FAMILIES = (
             Windows(4096, "use_sliding_window", _after_max_window_layers),
             Always(qk_norm=True),
         ),
-        _LLAMA_NAMES,
+        LLAMA_NAMES,
     ),
     Family(
         "qwen3_moe",
@@ -414,7 +246,7 @@ FAMILIES = (
             _SparseLayers(),
             Always(qk_norm=True),
         ),
-        _QWEN_MOE_NAMES,
+        QWEN_MOE_NAMES,
     ),
     Family(
         "mixtral",
@@ -428,7 +260,7 @@ FAMILIES = (
             Key("n_experts", "num_local_experts", 8),
             Key("n_active", "num_experts_per_tok", 2),
         ),
-        _MIXTRAL_NAMES,
+        MIXTRAL_NAMES,
     ),
     Family(
         "smollm3",
@@ -443,7 +275,7 @@ FAMILIES = (
             Only(use_sliding_window=False),
             _LayersWithoutRope(),
         ),
-        _LLAMA_NAMES,
+        LLAMA_NAMES,
     ),
     Family(
         "phi3",
@@ -455,7 +287,7 @@ FAMILIES = (
             _SILU,
             Windows(),
         ),
-        _PHI3_NAMES,
+        PHI3_NAMES,
     ),
     Family(
         "gemma2",
@@ -467,7 +299,7 @@ FAMILIES = (
             optional("attention_softcap", "attn_logit_softcapping", 50.0),
             optional("logit_softcap", "final_logit_softcapping", 30.0),
         ),
-        _GEMMA_NAMES,
+        GEMMA_NAMES,
     ),
     Family(
         "gemma3_text",
@@ -480,7 +312,7 @@ FAMILIES = (
             optional("logit_softcap", "final_logit_softcapping"),
             Always(qk_norm=True),
         ),
-        _GEMMA_NAMES,
+        GEMMA_NAMES,
     ),
     Family(
         "openai-gpt",
@@ -491,7 +323,7 @@ FAMILIES = (
             choice("ffn", "afn", "gelu", {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu"}),
             Always(positions="learned", norm_place="post", **_LAYER_NORM, **_BIASES),
         ),
-        _GPT_NAMES,
+        GPT_NAMES,
         "transformer.",
         (".attn.bias",),
     ),
@@ -504,7 +336,7 @@ FAMILIES = (
             Only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
             Always(positions="learned", **_LAYER_NORM, **_BIASES),
         ),
-        _GPT2_NAMES,
+        GPT2_NAMES,
         "transformer.",
         (".attn.bias", ".attn.masked_bias"),
     ),
@@ -538,7 +370,7 @@ FAMILIES = (
                 **_BIASES,
             ),
         ),
-        _OPT_NAMES,
+        OPT_NAMES,
     ),
     Family(
         "gpt_neox",
@@ -558,7 +390,7 @@ FAMILIES = (
             Only(attention_bias=True),
             Always(n_kv_heads=lambda hf: hf["num_attention_heads"], **_LAYER_NORM, **_BIASES),
         ),
-        _NEOX_NAMES,
+        NEOX_NAMES,
         "gpt_neox.",
         (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
     ),
@@ -573,7 +405,7 @@ FAMILIES = (
                 parallel_residual=True, one_norm=True, ffn_bias=True, head_bias=True, **_LAYER_NORM
             ),
         ),
-        _GPTJ_NAMES,
+        GPTJ_NAMES,
         "transformer.",
         (".attn.bias", ".attn.masked_bias"),
     ),
@@ -599,10 +431,10 @@ FAMILIES = (
                 **_BIASES,
             ),
         ),
-        _BLOOM_NAMES,
+        BLOOM_NAMES,
         "transformer.",
     ),
-    Family(OWN, "DanluForCausalLM", (_Whole(),), _OWN_NAMES, ""),
+    Family(OWN, "DanluForCausalLM", (_Whole(),), OWN_NAMES, ""),
 )  # fmt: skip
 
 

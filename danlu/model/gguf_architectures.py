@@ -13,7 +13,8 @@ from torch import Tensor
 
 from danlu.core.errors import UserError
 from danlu.model.config import ModelConfig, RopeScaling
-from danlu.model.families import Family, names
+from danlu.model.families import Family
+from danlu.model.family_names import names
 from danlu.model.positions import longrope_factor, rope_frequencies, yarn_factor
 from danlu.model.rules import HF, Always, Key
 

@@ -14,7 +14,8 @@ from danlu.core.config import Config, explain, make_config
 from danlu.core.errors import UserError
 from danlu.core.files import read_json
 from danlu.model.config import ModelConfig, RopeScaling
-from danlu.model.families import Family, names
+from danlu.model.families import Family
+from danlu.model.family_names import names
 from danlu.model.weights import open_pickled
 
 PARAMS = "params.json"
