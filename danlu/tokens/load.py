@@ -205,17 +205,20 @@ def _add_declared(backend: tokenizers.Tokenizer, folder: _Folder) -> None:
             declared.setdefault(number, AddedToken(name, normalized=False))
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder.where}: added tokens that can't be read: {error}") from None
-    for number in sorted(declared):
-        token = declared[number]
-        if backend.token_to_id(token.content) is None:
-            # Ids without an entry in between get one, since the library gives out the next free id.
-            for free in range(backend.get_vocab_size(with_added_tokens=True), number):
-                backend.add_tokens([AddedToken(f"<unused {free}>", special=True, normalized=False)])
-        add = backend.add_special_tokens if token.special else backend.add_tokens
-        add([token])
-        if (found := backend.token_to_id(token.content)) != number:
+    known = backend.get_added_tokens_decoder()
+    absent = [number for number in declared if backend.token_to_id(declared[number].content) is None]
+    added = [
+        token for number, token in declared.items() if number not in absent and known.get(number) != token
+    ]
+    # The library gives out the next free id, so ids without an entry in between get one.
+    for number in range(backend.get_vocab_size(with_added_tokens=True), max(absent, default=-1) + 1):
+        filler = AddedToken(f"<unused {number}>", special=True, normalized=False)
+        added.append(declared[number] if number in absent else filler)
+    backend.add_tokens(added)
+    for number, token in declared.items():
+        if (found := backend.id_to_token(number)) != token.content:
             raise UserError(
-                f"{folder.where}: {token.content!r} is id {found} in the vocabulary, {number} in the settings"
+                f"{folder.where}: id {number} is {found!r} in the vocabulary, {token.content!r} in the settings"
             )
 
 

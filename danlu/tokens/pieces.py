@@ -102,11 +102,11 @@ def merges(entries: Sequence[str]) -> list[tuple[str, str]]:
 
 def add_tokens(backend: tokenizers.Tokenizer, names: Sequence[str], kinds: Iterable[int]) -> None:
     """Tells `backend` which of its entries are special, and which are found in text before all else."""
-    kinds = list(kinds)
     special = (Kind.CONTROL, Kind.UNKNOWN)
-    backend.add_special_tokens(
-        [AddedToken(names[n], special=True, normalized=False) for n, k in enumerate(kinds) if k in special]
-    )
     backend.add_tokens(
-        [AddedToken(names[n], normalized=False) for n, k in enumerate(kinds) if k == Kind.USER_DEFINED]
+        [
+            AddedToken(names[n], special=kind in special, normalized=False)
+            for n, kind in enumerate(kinds)
+            if kind in (*special, Kind.USER_DEFINED)
+        ]
     )
