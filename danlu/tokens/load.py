@@ -218,7 +218,8 @@ def _add_declared(backend: tokenizers.Tokenizer, folder: _Folder) -> None:
     for number, token in declared.items():
         if (found := backend.id_to_token(number)) != token.content:
             raise UserError(
-                f"{folder.where}: id {number} is {found!r} in the vocabulary, {token.content!r} in the settings"
+                f"{folder.where}: id {number} is {found!r} in the vocabulary, "
+                f"{token.content!r} in the settings"
             )
 
 
