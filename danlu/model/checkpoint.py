@@ -11,7 +11,7 @@ import torch
 from danlu.core.artefacts import artefacts, digest
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_folder, read_json
-from danlu.model import families, meta, weights
+from danlu.model import families, hub, meta, weights
 from danlu.model.adapters import ADAPTER, load_adapter, write_adapter
 from danlu.model.aliases import ALIASES, alias_of, packaged
 from danlu.model.config import ModelConfig
@@ -127,8 +127,8 @@ def resolve(ref: str | Path) -> Path:
     """The Hugging Face folder or GGUF file that a model reference means.
 
     A Hugging Face folder, or one of Meta's; a folder of PEFT's with an adapter; a stage folder with `model/`
-    or `adapter/` in it; a run folder, whose last finished model is meant; a `.gguf` file; an alias. Raises
-    UserError when there is none.
+    or `adapter/` in it; a run folder, whose last finished model is meant; a `.gguf` file; an alias; an id of
+    the Hugging Face hub (owner/name), which is fetched. Raises UserError when there is none.
     """
     path = Path(ref)
     if str(ref) in ALIASES and not path.exists():
@@ -138,6 +138,8 @@ def resolve(ref: str | Path) -> Path:
     if made := _made_by(path):
         return made
     stages = [done.parent for done in path.glob("*/DONE") if _made_by(done.parent)]
+    if not stages and not path.exists() and hub.is_hub_id(str(ref)):
+        return hub.fetch(str(ref))
     if not stages:
         what = "holds no model" if path.exists() else "does not exist"
         raise UserError(f"{path}: {what}", "name a Hugging Face folder, a run folder or a .gguf file")
