@@ -53,8 +53,8 @@ def blocks_beyond_the_count(n_tokens: int, layers_backward: int) -> float:
     Each of its products (2 forward, 5 backward, of which QKᵀ is the second time) goes to the end of the
     query's block, 64 keys further on average; and the second QKᵀ isn't counted at all.
     """
-    product = 2 * SIZES.width  # for each key
-    further = 64 * product * (2 * SIZES.n_layers + 5 * layers_backward)
+    product = 2 * SMALL.width  # for each key
+    further = 64 * product * (2 * SMALL.n_layers + 5 * layers_backward)
     return further + n_tokens / 2 * product * layers_backward
 
 

@@ -206,7 +206,7 @@ def test_a_merge_that_differs_is_an_error_and_leaves_nothing(
     [
         ({"init_from": None, "model": MODEL}, "lora needs init_from"),
         ({"optim": {"name": "muon"}}, "trained by adamw"),
-        ({"parallel": "fsdp"}, "isn't sharded"),
+        ({"parallel": "fsdp"}, "isn't spread"),
         ({"compile": "on", "lora": {"quantise": "int8"}}, "isn't compiled"),
     ],
 )
