@@ -56,12 +56,13 @@ PEAK = """
 import sys
 from danlu.core.allocator import give_back_freed_memory
 from danlu.core.host import peak_rss_bytes, reset_peak_rss
+from danlu.train.run import adapt
 sys.path.insert(0, sys.argv[1])
 import test_estimate as t
 rows, length, name = 16, 256, sys.argv[2]  # of the optimiser, or of the adapter that adamw trains
 model = t.Transformer(t.BIG)
 if name in t.ADAPTED:
-    t.adapt(model, t.ADAPTED[name], t.torch.float32)
+    adapt(model, t.ADAPTED[name], t.torch.float32)
     name = "adamw"
     give_back_freed_memory()  # of the base before it was packed
     reset_peak_rss()
