@@ -9,8 +9,8 @@ with activation checkpointing, each in a process of its own. bf16 where the proc
 
 attention: peak memory, above that of its inputs, of danlu's attention forward and backward on the
 processor: causal, packed, ALiBi, sliding window; at 2k to 16k tokens. The exponent of the length is fitted
-to log memory over log length: 1 = linear, 2 = quadratic. PyTorch's scaled_dot_product_attention with a mask
-stands beside it, up to 4k.
+to log memory (median of 3 runs) over log length: 1 = linear, 2 = quadratic. PyTorch's
+scaled_dot_product_attention with a mask stands beside it, up to 4k.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -35,6 +36,7 @@ SHAPE = ModelConfig(
     vocab_size=49152, width=576, n_layers=30, n_heads=9, n_kv_heads=3, ffn_width=1536, max_positions=2048
 )
 STEPS = 2
+REPEATS = 3
 CONTESTANTS: dict[str, Callable[..., None]] = {
     "danlu": partial(run_danlu, deterministic=True),
     "danlu, checkpointed": partial(run_danlu, deterministic=True, checkpointing=True),
@@ -136,7 +138,10 @@ def measure_attention() -> Rows:
     rows: Rows = []
     for kind in KINDS:
         lengths = SQUARE_LENGTHS if kind == "sdpa, masked" else LENGTHS
-        sizes = [in_a_process(attention_memory, kind, length) for length in lengths]
+        sizes = [
+            int(median(in_a_process(attention_memory, kind, length) for _ in range(REPEATS)))
+            for length in lengths
+        ]
         slope = exponent(lengths, sizes)
         rows.append(
             {"part": "attention", "name": kind, "lengths": lengths, "bytes": sizes, "exponent": slope}

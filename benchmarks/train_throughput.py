@@ -110,10 +110,16 @@ def run_danlu(
     turn.imported()
     torch.manual_seed(0)
     model = Transformer(size.model).to(device)
-    model.checkpoint_activations = checkpointing
     optimizer = make_optimizer(model, OptimConfig(lr=LR, weight_decay=0.0))
     computed = choose_dtype(dtype, torch.device(device))
-    step = TrainStep(model, optimizer, dtype=computed, compile=has_compiler(), clip=1.0)
+    step = TrainStep(
+        model,
+        optimizer,
+        dtype=computed,
+        compile=has_compiler(),
+        clip=1.0,
+        checkpoint_activations=checkpointing,
+    )
     shape = (size.batch_size, size.sequence_length)
     weights = torch.ones(shape)
     weights[:, -1] = 0  # the Trainer shifts its labels, and has no target for the last token
@@ -164,7 +170,10 @@ def run_trainer(
     weights = hf_tensors(size.model, Transformer(size.model).state_dict())
     config = transformers.LlamaConfig(**to_hf(size.model), attn_implementation="sdpa")
     model = transformers.LlamaForCausalLM(config)
-    model.load_state_dict(weights)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = ["lm_head.weight"] if size.model.tied_embeddings else []
+    assert missing == tied, missing
+    assert not unexpected, unexpected
     del weights
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
