@@ -50,11 +50,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = head_weight.to(hidden.dtype)
         precise = torch.promote_types(hidden.dtype, torch.float32)
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(hidden) if for_hidden else None
+        d_hidden = torch.zeros_like(hidden) if for_hidden else None
         d_weight = torch.zeros(w.shape, dtype=precise, device=w.device) if for_weight else None
         d_bias = torch.zeros(w.shape[:1], dtype=precise, device=w.device) if for_bias else None
         total = torch.zeros((), dtype=precise, device=w.device)
-        for rows in _chunks(len(hidden), len(w)):
+        # Tokens that don't count, such as a prompt's, are left out: most of the work is here.
+        for rows in weights.nonzero()[:, 0].split(_chunk_size(len(w))):
             h, y, weight = hidden[rows], targets[rows, None], weights[rows, None]
             z = F.linear(h, w, None if bias is None else bias.to(h.dtype))
             bent = (z / softcap).tanh() if softcap else z
@@ -70,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if softcap:
                 dz *= 1 - bent.square()
             if d_hidden is not None:
-                d_hidden[rows] = (dz @ w) * weight
+                d_hidden[rows] = ((dz @ w) * weight).to(h.dtype)
             if d_weight is not None:
                 d_weight += dz.T @ (h * weight).to(h.dtype)
             if d_bias is not None:
@@ -89,9 +90,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None
 
 
-def _chunks(n_tokens: int, vocab_size: int) -> list[slice]:
-    size = max(CHUNK // vocab_size, 64)
-    return [slice(start, start + size) for start in range(0, n_tokens, size)]
+def _chunk_size(vocab_size: int) -> int:
+    """Tokens in one chunk."""
+    return max(CHUNK // vocab_size, 64)
 
 
 def log_probabilities(model: "Transformer", batch: "Batch") -> Tensor:
@@ -100,9 +101,9 @@ def log_probabilities(model: "Transformer", batch: "Batch") -> Tensor:
     The one place that runs a forward pass for log-probabilities.
     """
     hidden = model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)
-    targets = batch.targets.flatten()
+    targets, size = batch.targets.flatten(), _chunk_size(model.config.vocab_size)
     chunks = [
-        -F.cross_entropy(model.logits(hidden[rows]).float(), targets[rows], reduction="none")
-        for rows in _chunks(len(hidden), model.config.vocab_size)
+        -F.cross_entropy(model.logits(h).float(), y, reduction="none")
+        for h, y in zip(hidden.split(size), targets.split(size), strict=True)
     ]
     return torch.cat(chunks).view(batch.targets.shape)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from danlu.model import cross_entropy
 from danlu.model.config import ModelConfig
@@ -49,6 +50,14 @@ def test_bias_and_soft_cap(softcap: float, has_bias: bool, monkeypatch: pytest.M
     torch.testing.assert_close(got, want)
     inner = [hidden, head] + ([] if bias is None else [bias])
     torch.testing.assert_close(torch.autograd.grad(3 * got, inner), torch.autograd.grad(3 * want, inner))
+
+
+def test_tokens_that_do_not_count_cost_nothing() -> None:
+    hidden, head, targets, weights = inputs(90, 16, 37)
+    for counted in (weights, torch.ones(90), torch.zeros(90)):
+        with FlopCounterMode(display=False) as counter:
+            linear_cross_entropy(hidden, head, targets, counted).backward()
+        assert counter.get_total_flops() == int((counted != 0).sum()) * 3 * 2 * 16 * 37
 
 
 def test_gradient_by_finite_differences() -> None:
