@@ -22,7 +22,7 @@ class SamplingConfig(Config):
 class GenerateConfig(SamplingConfig):
     """`danlu generate`: continues a text, or answers as a chat model."""
 
-    model: str = Field(description="run folder, Hugging Face folder, .gguf file, or smollm2")
+    model: str = Field(description="run folder, Hugging Face folder or hub id, .gguf file, or smollm2")
     prompt: str = Field(description="the text to continue, or with --chat the message to answer")
     chat: bool = Field(False, description="render the prompt as a user's message")
     n: int = Field(1, ge=1, description="how many answers")
@@ -32,5 +32,5 @@ class GenerateConfig(SamplingConfig):
 class ChatConfig(SamplingConfig):
     """`danlu chat`: talk to a model in the terminal."""
 
-    model: str = Field(description="run folder, Hugging Face folder, .gguf file, or smollm2")
+    model: str = Field(description="run folder, Hugging Face folder or hub id, .gguf file, or smollm2")
     system: str = Field("", description="system prompt")

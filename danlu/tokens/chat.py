@@ -57,13 +57,13 @@ Span = tuple[int, int]
 class _Turns:
     """A rendered text, and where things are in it.
 
-    contents: of each message, in their order; special: of the frame's special tokens; replies: for each of
+    contents: of each message, in their order; special: the frame's special tokens; replies: for each of
     the assistant's turns where its prompt ends (there it begins) and where its content ends.
     """
 
     text: str
     contents: list[Span]
-    special: list[Span]
+    special: dict[Span, str]
     replies: list[Span]
 
 
@@ -112,12 +112,13 @@ def _turns(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool
             f"the chat template leaves out message {left_out[0] + 1} ({messages[left_out[0]]['role']})",
             "take it out of the conversation, or use another template",
         )
-    turns = _Turns(text, [contents[n] for n in range(len(messages))], [], [])
-    turns.special = _special_in_frame(text, sorted(span for _, span in found), tokenizer)
+    turns = _Turns(text, [contents[n] for n in range(len(messages))], {}, [])
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             begin, end = turns.contents[number]
             turns.replies.append((_prompt_end(messages[:number], turns.text, begin, tokenizer), end))
+    frames = _frames(text, sorted(span for _, span in found), {begin for begin, _ in turns.replies})
+    turns.special = {span: name for frame in frames for span, name in _special_in(text, frame, tokenizer)}
     return turns
 
 
@@ -145,15 +146,34 @@ def _unmark(text: str) -> tuple[str, list[tuple[int, Span]]]:
     return plain + text[end:], found
 
 
-def _special_in_frame(text: str, contents: list[Span], tokenizer: Tokenizer) -> list[Span]:
-    """Special tokens of the template's own text; here, and only here, they are special."""
+def _frames(text: str, contents: list[Span], cuts: set[int]) -> list[Span]:
+    """The template's own text, cut where replies begin; here, and only here, special tokens are special."""
+    inside = [place for span in contents for place in span]
+    edges = sorted([0, len(text), *inside])
+    frames = list(zip(edges[::2], edges[1::2], strict=True))
+    return [
+        part
+        for begin, end in frames
+        for part in pairwise(sorted({begin, end, *(cut for cut in cuts if begin < cut < end)}))
+    ]
+
+
+def _special_in(text: str, frame: Span, tokenizer: Tokenizer) -> Iterator[tuple[Span, str]]:
+    """The special tokens in a part of the frame, with the blanks that they take in."""
     if not tokenizer.special_ids:
-        return []
+        return
     longest_first = sorted(tokenizer.special_ids, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)))
-    begins, ends = [0, *(end for _, end in contents)], [*(begin for begin, _ in contents), len(text)]
-    frames = zip(begins, ends, strict=True)
-    return [match.span() for begin, end in frames for match in pattern.finditer(text, begin, end)]
+    free = frame[0]
+    for match in pattern.finditer(text, *frame):
+        begin, end = match.span()
+        before, behind = tokenizer.swallows[match[0]]
+        while before and begin > free and text[begin - 1].isspace():
+            begin -= 1
+        while behind and end < frame[1] and text[end].isspace():
+            end += 1
+        free = end
+        yield (begin, end), match[0]
 
 
 def _prompt_end(before: Messages, text: str, begin: int, tokenizer: Tokenizer) -> int:
@@ -172,7 +192,7 @@ def _prompt_end(before: Messages, text: str, begin: int, tokenizer: Tokenizer) -
 def _stop_behind(end: int, turns: _Turns, tokenizer: Tokenizer) -> Span:
     """The stop token behind a reply; only blanks stand between."""
     behind = next((span for span in turns.special if span[0] >= end), (end, end))
-    if turns.text[slice(*behind)] not in tokenizer.stops or turns.text[end : behind[0]].strip():
+    if turns.special.get(behind) not in tokenizer.stops or turns.text[end : behind[0]].strip():
         raise UserError(
             "the chat template writes no stop token behind a reply: a model would not learn to stop",
             f"use one that does; the model's stop tokens: {', '.join(tokenizer.stops) or 'none'}",
@@ -182,17 +202,15 @@ def _stop_behind(end: int, turns: _Turns, tokenizer: Tokenizer) -> Span:
 
 def _parts(turns: _Turns, tokenizer: Tokenizer) -> Iterator[tuple[Span, list[int]]]:
     """The text cut at special tokens and where replies begin, each part with its ids."""
-    special = set(turns.special)
-    cuts = {0, len(turns.text), *(place for span in special for place in span)}
+    ends = {end for _, end in turns.special}
+    cuts = {0, len(turns.text), *(place for span in turns.special for place in span)}
     cuts |= {begin for begin, _ in turns.replies}
     for begin, end in pairwise(sorted(cuts)):
-        part = turns.text[begin:end]
-        if (begin, end) in special:
-            yield (begin, end), [tokenizer.special_ids[part]]
+        if name := turns.special.get((begin, end)):
+            yield (begin, end), [tokenizer.special_ids[name]]
         else:
-            behind_special = any(begin == last for _, last in turns.special)
-            mid_text = begin > 0 and not (behind_special and tokenizer.prefixes_segments)
-            yield (begin, end), tokenizer.encode(part, mid_text)
+            mid_text = begin > 0 and not (begin in ends and tokenizer.prefixes_segments)
+            yield (begin, end), tokenizer.encode(turns.text[begin:end], mid_text)
 
 
 def _run_template(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool) -> str:

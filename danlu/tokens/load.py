@@ -44,7 +44,11 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     named = [token for token in (bos, eos, *stops) if token is not None]
     if absent := [token for token in named if backend.token_to_id(token) is None]:
         raise UserError(f"{path}: the vocabulary has no {absent[0]!r}, which the settings name")
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in named])
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    # Not those that are special already: they may say that they swallow the blanks beside them.
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in named if token not in special]
+    )
     begins = folder.settings.get("add_bos_token")
     if isinstance(begins, bool) and not (path / "tokenizer.json").is_file():  # that file says it itself
         begin_with(backend, bos if begins else None)

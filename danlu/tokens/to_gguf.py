@@ -8,8 +8,9 @@ from tokenizers import pre_tokenizers
 
 from danlu.core.errors import UserError
 from danlu.tokens.from_gguf import PRE_TOKENIZERS
+from danlu.tokens.load import ENDS
 from danlu.tokens.pieces import Kind
-from danlu.tokens.tokenizer import Tokenizer, flat_steps
+from danlu.tokens.tokenizer import Tokenizer, flat_steps, is_space_sign
 
 
 def tokenizer_to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
@@ -42,14 +43,12 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         keys["tokenizer.ggml.bos_token_id"] = tokenizer.bos_id
     if tokenizer.eos is not None:
         keys["tokenizer.ggml.eos_token_id"] = tokenizer.eos_id
-    # llama.cpp stops at these three; it finds the usual names of others by itself.
-    others = [
-        number
-        for number, stop in zip(tokenizer.stop_ids, tokenizer.stops, strict=True)
-        if stop != tokenizer.eos
-    ]
-    for key, number in zip(("eot", "eom"), others, strict=False):
-        keys[f"tokenizer.ggml.{key}_token_id"] = number
+    others = [stop for stop in tokenizer.stops if stop != tokenizer.eos]
+    for key, stop in zip(("eot", "eom"), others, strict=False):
+        keys[f"tokenizer.ggml.{key}_token_id"] = tokenizer.special_ids[stop]
+    # llama.cpp finds the usual names by itself.
+    if unsaid := [stop for stop in others[2:] if stop not in ENDS]:
+        raise UserError(f"GGUF has no place for a fourth stop token, {unsaid[0]!r}", "name three at most")
     if tokenizer.chat_template:
         keys["tokenizer.chat_template"] = tokenizer.chat_template
     return keys
@@ -67,8 +66,8 @@ def _byte_level(content: dict[str, Any], entries: list[str | None], kinds: list[
 def _sentencepiece(content: dict[str, Any], entries: list[str | None], kinds: list[Kind]) -> dict[str, Any]:
     """llama.cpp merges by the score of what is made: here the rank of the first merge that makes it."""
     steps = flat_steps(content["normalizer"]) + flat_steps(content["pre_tokenizer"])
-    allowed = ("Prepend", "Replace", "Metaspace")
-    if wrong := [step["type"] for step in steps if step["type"] not in allowed]:
+    kept = [s for s in steps if s["type"] in ("Prepend", "Metaspace") or is_space_sign(s)]
+    if wrong := [step["type"] for step in steps if step not in kept]:
         raise UserError(
             f"the tokenizer changes text ({wrong[0]}), which GGUF can't say", "convert to a folder"
         )

@@ -52,11 +52,12 @@ class Tokenizer:
     ) -> None:
         self.backend = backend
         backend.encode_special_tokens = True
-        self.special_ids: dict[str, int] = {
-            token.content: number
-            for number, token in backend.get_added_tokens_decoder().items()
-            if token.special
+        special = {n: token for n, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_ids: dict[str, int] = {token.content: number for number, token in special.items()}
+        self.swallows: dict[str, tuple[bool, bool]] = {
+            token.content: (token.lstrip, token.rstrip) for token in special.values()
         }
+        """Whether a special token takes in the blanks before it, and behind it (Phi-3's do)."""
         self._special = set(self.special_ids.values()) - _unknown(backend)
         self._never_spelt = set(self._special)
         if isinstance(backend.model, models.Unigram):  # it finds the entries for bytes in text, too
@@ -238,7 +239,7 @@ class Tokenizer:
     @cached_property
     def _verbatim(self) -> tokenizers.Tokenizer:
         """The same without that blank, and without all that changes text."""
-        kept = (part["type"] == "Prepend" or _is_space_sign(part) for part in _parts(self.backend.normalizer))
+        kept = (part["type"] == "Prepend" or is_space_sign(part) for part in _parts(self.backend.normalizer))
         return self._mid_text if all(kept) else self._changed(_without_changes)
 
     def _changed(self, change: Callable[[dict[str, Any]], None]) -> tokenizers.Tokenizer:
@@ -318,7 +319,7 @@ def _adds_blank(part: dict[str, Any]) -> bool:
     )
 
 
-def _is_space_sign(part: dict[str, Any]) -> bool:
+def is_space_sign(part: dict[str, Any]) -> bool:
     return part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == SPACE
 
 
@@ -336,7 +337,7 @@ def _without_blank(content: dict[str, Any]) -> None:
 def _without_changes(content: dict[str, Any]) -> None:
     """Takes all that changes text out of a tokenizer.json, but the sign for a blank."""
     _without_blank(content)
-    steps = [step for step in flat_steps(content["normalizer"]) if _is_space_sign(step)]
+    steps = [step for step in flat_steps(content["normalizer"]) if is_space_sign(step)]
     content["normalizer"] = {"type": "Sequence", "normalizers": steps} if steps else None
 
 

@@ -110,6 +110,16 @@ def test_what_gguf_cannot_say_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train(TEXTS * 4, "t5"))
     with pytest.raises(UserError, match="kind Unigram"):
         tokenizer_to_gguf(load_tokenizer(tmp_path), 600)
+    squeezing = load_tokenizer(tmp_path)
+    squeezing.backend.model = train_bpe(TEXTS * 4, 480).backend.model
+    squeezing.backend.model.byte_fallback = True
+    with pytest.raises(UserError, match="changes text"):
+        tokenizer_to_gguf(squeezing, 600)
+    many = train_bpe(TEXTS * 4, 480)
+    many.backend.add_special_tokens(["<a>", "<b>", "<c>"])
+    many = Tokenizer(many.backend, None, "<|endoftext|>", ["<|endoftext|>", "<a>", "<b>", "<c>"], "")
+    with pytest.raises(UserError, match="fourth stop token, '<c>'"):
+        tokenizer_to_gguf(many, 600)
     with pytest.raises(UserError, match="480 entries, the model's embedding 400 rows"):
         tokenizer_to_gguf(train_bpe(TEXTS * 4, 480), 400)
 

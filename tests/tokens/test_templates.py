@@ -56,6 +56,12 @@ SMOLLM3 = """\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
+PHI3 = """\
+{% for message in messages %}\
+{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+
+
 def sentencepiece(folder: Path, kind: str) -> Tokenizer:
     (folder / "tokenizer.model").write_bytes(train(TEXTS * 4, kind))
     return load_tokenizer(folder)
@@ -89,11 +95,22 @@ def chatml(folder: Path, template: str) -> Tokenizer:
     return tokenizer
 
 
+def phi3(folder: Path, template: str) -> Tokenizer:
+    """Its special tokens swallow the line end behind them."""
+    backend = sentencepiece(folder, "llama").backend
+    names = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    backend.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False, rstrip=True) for name in names]
+    )
+    return Tokenizer(backend, "<s>", "</s>", ["</s>", "<|end|>"], template)
+
+
 FORMATS: dict[str, tuple[Any, str, str]] = {
     "llama 2": (llama2, LLAMA2, "</s>"),
     "mistral": (llama2, MISTRAL, "</s>"),
     "gemma": (gemma, GEMMA, "<end_of_turn>"),
     "llama 3": (llama3, LLAMA3, "<|eot_id|>"),
+    "phi 3": (phi3, PHI3, "<|end|>"),
     "smollm 3": (chatml, SMOLLM3, "<|im_end|>"),
 }
 
