@@ -1,21 +1,27 @@
 """Training speed: danlu beside transformers' Trainer, in turns, on the same model, data and optimiser.
 
-    python benchmarks/train_throughput.py [--sizes 10M 50M] [--alternations 7] [--json FILE]
+    python benchmarks/train_throughput.py [--sizes 10M 50M] [--lora] [--alternations 7] [--json FILE]
 
 Every contestant is a process of its own, with the allocator and the memory that its user would have. All
-are started, warmed up (compiled), and then run by turns, a few steps each, while the others sleep. The
-ratio is taken within an alternation, against the variant of the Trainer that is the faster one overall.
+are started, warmed up (compiled), and then run by turns, a few steps each, while the others sleep; on a
+GPU, whose memory they would have to share, one after the other. The ratio is taken within an alternation,
+against the variant of the Trainer that is the faster one overall.
+
+--lora: adapters of rank 16 on all matrices of the layers instead of all weights, beside PEFT in the
+Trainer; both keep the frozen weights in the dtype of the computation.
 
 What is equal: the weights at the start, the tokens, AdamW with float32 master weights and state, clipping
 at 1, bf16 where the hardware has it, else float32. What is counted: whole steps, from one batch to the
 next, the loss read at every step.
 
-Model FLOPs a token are 6 N in matrix products and 6 L d T in attention (danlu.model.count); utilisation is
-their rate over the rate of a product of 2,048² (GPU: 8,192²) matrices, measured in every alternation.
+Model FLOPs a token are 6 N in matrix products and 6 L d T in attention, fewer with --lora, since frozen
+matrices have no gradient (danlu.model.count); utilisation is their rate over the rate of a product of 2,048²
+(GPU: 8,192²) matrices, measured in every alternation.
 Memory is the peak above the resident size after imports (GPU: the most allocated).
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -31,7 +37,7 @@ from typing import Any
 import psutil
 
 from danlu.core.host import peak_rss_bytes
-from danlu.model.config import ModelConfig
+from danlu.model.config import LoraConfig, ModelConfig
 from danlu.model.count import flops_per_token, parameters
 
 
@@ -43,15 +49,24 @@ class Size:
     batch_size: int
     sequence_length: int
     steps: int
+    lr: float = 1e-3
 
 
-def _model(width: int, n_layers: int, n_heads: int, ffn: int, vocabulary: int, positions: int) -> ModelConfig:
+def _model(
+    width: int,
+    n_layers: int,
+    n_heads: int,
+    ffn: int,
+    vocabulary: int,
+    positions: int,
+    n_kv_heads: int | None = None,
+) -> ModelConfig:
     return ModelConfig(
         vocab_size=vocabulary,
         width=width,
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=n_heads,
+        n_kv_heads=n_kv_heads or n_heads,
         ffn_width=ffn,
         max_positions=positions,
         tied_embeddings=False,
@@ -65,12 +80,14 @@ SIZES = {
     },
     "cuda": {
         "124M": Size(_model(768, 12, 12, 2048, 32768, 2048), 16, 2048, 20),
-        "1.3B": Size(_model(2048, 24, 16, 5504, 32768, 2048), 8, 2048, 10),
+        "1.1B": Size(_model(2048, 22, 32, 5632, 32000, 2048, 4), 4, 2048, 10, 2e-4),
     },
 }
 CONTESTANTS = ("danlu", "danlu, order of sums free", "Trainer", "Trainer, compiled")
 WARM_UP = 4
-LR = 1e-3
+RANK = 16
+BATCHES = 128
+"""Different ones; then they come again."""
 
 
 # The contestants: each calls `turn(loss_of_last_step)` before every step, and stops when it returns False.
@@ -85,16 +102,24 @@ def token_stream(size: Size, seed: int = 0) -> Iterator[Any]:
     vocabulary = size.model.vocab_size
     successor = random.permutation(vocabulary)
     shape = (size.batch_size, size.sequence_length + 1)
-    while True:
+    batches = []
+    for _ in range(BATCHES):  # all at once, so that drawing them is in nobody's time
         ids = random.zipf(1.3, shape) % vocabulary
         for t in range(1, shape[1]):
             follow = random.random(shape[0]) < 0.5
             ids[follow, t] = successor[ids[follow, t - 1]]
-        yield torch.from_numpy(ids)
+        batches.append(torch.from_numpy(ids))
+    return itertools.cycle(batches)
 
 
 def run_danlu(
-    size: Size, device: str, turn: Any, deterministic: bool, checkpointing: bool = False, dtype: str = "auto"
+    size: Size,
+    device: str,
+    turn: Any,
+    deterministic: bool,
+    checkpointing: bool = False,
+    dtype: str = "auto",
+    lora: bool = False,
 ) -> None:
     import torch
 
@@ -104,14 +129,17 @@ def run_danlu(
     from danlu.train.compiling import has_compiler
     from danlu.train.config import OptimConfig
     from danlu.train.optim import make_optimizer
-    from danlu.train.run import exactness
+    from danlu.train.run import adapt, exactness
     from danlu.train.step import TrainStep
 
     turn.imported()
     torch.manual_seed(0)
-    model = Transformer(size.model).to(device)
-    optimizer = make_optimizer(model, OptimConfig(lr=LR, weight_decay=0.0))
     computed = choose_dtype(dtype, torch.device(device))
+    with torch.device(device):
+        model = Transformer(size.model)
+    if lora:
+        adapt(model, LoraConfig(rank=RANK, alpha=2 * RANK), computed)
+    optimizer = make_optimizer(model, OptimConfig(lr=size.lr, weight_decay=0.0))
     step = TrainStep(
         model,
         optimizer,
@@ -135,7 +163,13 @@ def run_danlu(
 
 
 def run_trainer(
-    size: Size, device: str, turn: Any, compiled: bool, checkpointing: bool = False, dtype: str = "auto"
+    size: Size,
+    device: str,
+    turn: Any,
+    compiled: bool,
+    checkpointing: bool = False,
+    dtype: str = "auto",
+    lora: bool = False,
 ) -> None:
     import tempfile
 
@@ -167,24 +201,31 @@ def run_trainer(
             self.loss = logs.get("loss", self.loss)
 
     torch.manual_seed(0)
-    weights = hf_tensors(size.model, Transformer(size.model).state_dict())
     config = transformers.LlamaConfig(**to_hf(size.model), attn_implementation="sdpa")
-    model = transformers.LlamaForCausalLM(config)
+    with torch.device(device):
+        weights = hf_tensors(size.model, Transformer(size.model).state_dict())
+        model = transformers.LlamaForCausalLM(config)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = ["lm_head.weight"] if size.model.tied_embeddings else []
     assert missing == tied, missing
     assert not unexpected, unexpected
     del weights
+    computed = choose_dtype(dtype, torch.device(device))
+    if lora:
+        import peft
+
+        adapter = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        model = peft.get_peft_model(model.to(computed), adapter)
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder,
             use_cpu=device == "cpu",
-            bf16=choose_dtype(dtype, torch.device(device)) == torch.bfloat16,
+            bf16=computed == torch.bfloat16,
             torch_compile=compiled,
             gradient_checkpointing=checkpointing,
             max_steps=10**6,
             per_device_train_batch_size=size.batch_size,
-            learning_rate=LR,
+            learning_rate=size.lr,
             lr_scheduler_type="constant",
             optim="adamw_torch_fused",
             adam_beta1=0.9,
@@ -230,6 +271,8 @@ class Turn:
                 import torch
 
                 torch.cuda.synchronize()
+                if self.start is None:
+                    torch.cuda.reset_peak_memory_stats()
             if self.start is not None:
                 answer = (time.perf_counter() - self.start, self.losses, self._memory())
                 self.connection.send(answer)
@@ -247,11 +290,11 @@ class Turn:
         return peak_rss_bytes() - self.resident
 
 
-def contestant(name: str, size: Size, device: str, connection: Connection) -> None:
+def contestant(name: str, size: Size, device: str, lora: bool, connection: Connection) -> None:
     """The main function of a contestant's process."""
     sys.stdout = sys.stderr
     try:
-        RUNNERS[name](size, device, Turn(connection, device))
+        RUNNERS[name](size, device, Turn(connection, device), lora=lora)
     except EOFError:  # the controller has gone
         return
 
@@ -262,12 +305,12 @@ def contestant(name: str, size: Size, device: str, connection: Connection) -> No
 class Contestant:
     """A contestant's process, seen from outside."""
 
-    def __init__(self, name: str, size: Size, device: str) -> None:
+    def __init__(self, name: str, size: Size, device: str, lora: bool) -> None:
         context = multiprocessing.get_context("spawn")
         self.name, self.size = name, size
         self.connection, theirs = context.Pipe()
         # Not daemonic: torch.compile starts processes of its own.
-        self.process = context.Process(target=contestant, args=(name, size, device, theirs))
+        self.process = context.Process(target=contestant, args=(name, size, device, lora, theirs))
         self.process.start()
         theirs.close()
         self.losses: list[float] = []
@@ -327,14 +370,29 @@ class Quietness:
         return max(0.0, busy - own) / total
 
 
-def measure(name: str, size: Size, device: str, alternations: int) -> dict[str, Any]:
+def measure(name: str, size: Size, device: str, lora: bool, alternations: int) -> dict[str, Any]:
     """One size: every contestant, turn by turn. Returns the rows and ratios of the result."""
-    racers = []
-    for contestant_name in CONTESTANTS:
-        racers.append(Contestant(contestant_name, size, device))
-        say(f"{name}: {contestant_name} is warm; first step {racers[-1].first:.1f} s")
+
+    def start(contestant_name: str) -> Contestant:
+        racer = Contestant(contestant_name, size, device, lora)
+        say(f"{name}: {contestant_name} is warm; first step {racer.first:.1f} s")
+        return racer
+
+    racers, products = [], []
     quiet = Quietness()
-    products = []
+    if device == "cuda":
+        for contestant_name in CONTESTANTS:
+            racer = start(contestant_name)
+            for _ in range(alternations):
+                racer.run(size.steps)
+            racer.stop()
+            racers.append(racer)
+            products.append(product_rate(device))
+            rate, megabytes = statistics.median(racer.rates), racer.memory / 1e6
+            say(f"{name}: {contestant_name}: {rate:.0f} tokens/s, {megabytes:.0f} MB")
+        return summarise(name, size, lora, racers, products, quiet.others())
+    racers = [start(contestant_name) for contestant_name in CONTESTANTS]
+    quiet = Quietness()
     for number in range(alternations):
         order = racers if number % 2 == 0 else racers[::-1]
         for racer in order:
@@ -344,13 +402,14 @@ def measure(name: str, size: Size, device: str, alternations: int) -> dict[str, 
     others = quiet.others()
     for racer in racers:
         racer.stop()
-    return summarise(name, size, racers, products, others)
+    return summarise(name, size, lora, racers, products, others)
 
 
 def summarise(
-    name: str, size: Size, racers: list[Contestant], products: list[float], others: float
+    name: str, size: Size, lora: bool, racers: list[Contestant], products: list[float], others: float
 ) -> dict[str, Any]:
-    flops = flops_per_token(size.model, size.sequence_length)
+    adapter = LoraConfig(rank=RANK) if lora else None
+    flops = flops_per_token(size.model, size.sequence_length, lora=adapter)
     peak = statistics.median(products)
     rows = [
         {
@@ -435,6 +494,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--sizes", nargs="+", help="default: all of the device")
+    parser.add_argument("--lora", action="store_true", help="adapters instead of all weights")
     parser.add_argument("--alternations", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
@@ -447,7 +507,7 @@ def main() -> None:
 
     result: dict[str, Any] = {"machine": asdict(machine()), "rows": [], "ratios": {}}
     for name in sizes:
-        measured = measure(name, known[name], options.device, options.alternations)
+        measured = measure(name, known[name], options.device, options.lora, options.alternations)
         result["rows"] += measured["rows"]
         result["ratios"][name] = measured["ratio"]
     print(table(result))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from danlu.model.transformer import Transformer
     from danlu.tokens.loader import Batch
 
-CHUNK = 4 * 1024 * 1024
-"""Logits in one chunk."""
+CHUNK = {"cpu": 2**22, "cuda": 2**27}
+"""Logits in one chunk: as many as a cache holds, or as keep a GPU busy."""
 
 
 def linear_cross_entropy(
@@ -55,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_bias = torch.zeros(w.shape[:1], dtype=precise, device=w.device) if for_bias else None
         total = torch.zeros((), dtype=precise, device=w.device)
         # Tokens that don't count, such as a prompt's, are left out: most of the work is here.
-        for rows in weights.nonzero()[:, 0].split(_chunk_size(len(w))):
+        for rows in weights.nonzero()[:, 0].split(_chunk_size(w)):
             h, y, weight = hidden[rows], targets[rows, None], weights[rows, None]
             z = F.linear(h, w, None if bias is None else bias.to(h.dtype))
             bent = (z / softcap).tanh() if softcap else z
@@ -90,9 +90,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None
 
 
-def _chunk_size(vocab_size: int) -> int:
+def _chunk_size(head_weight: Tensor) -> int:
     """Tokens in one chunk."""
-    return max(CHUNK // vocab_size, 64)
+    return max(CHUNK[head_weight.device.type] // len(head_weight), 64)
 
 
 def log_probabilities(model: "Transformer", batch: "Batch") -> Tensor:
@@ -101,7 +101,7 @@ def log_probabilities(model: "Transformer", batch: "Batch") -> Tensor:
     The one place that runs a forward pass for log-probabilities.
     """
     hidden = model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)
-    targets, size = batch.targets.flatten(), _chunk_size(model.config.vocab_size)
+    targets, size = batch.targets.flatten(), _chunk_size(model.head_weight)
     chunks = [
         -F.cross_entropy(model.logits(h).float(), y, reduction="none")
         for h, y in zip(hidden.split(size), targets.split(size), strict=True)
