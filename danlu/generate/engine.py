@@ -1,23 +1,37 @@
-"""The engine: prompts in, completions out, with a key-value cache. Every token in danlu comes from here."""
+"""The engine: prompts in, completions out. Every token in danlu comes from here, and every likelihood."""
 
 import codecs
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from danlu.core.errors import UserError
+from danlu.core.host import memory_bytes
 from danlu.data.conversations import Messages
-from danlu.generate.sampling import SamplingParams, choose
-from danlu.model.cache import KVCache
+from danlu.generate.blocks import Blocks, Tables
+from danlu.generate.fast import FastRunner, runs_fast
+from danlu.generate.kernels import POSITIONS
+from danlu.generate.packed import Kind
+from danlu.generate.paged import PagedCache, bytes_per_block
+from danlu.generate.program import Feed, Program, Sequences
+from danlu.generate.runner import Runner
+from danlu.generate.sampling import Row, SamplingParams
+from danlu.generate.scheduler import Job, Owned, Scheduler
 from danlu.model.transformer import Transformer
 from danlu.tokens.chat import render_prompt
 from danlu.tokens.tokenizer import Tokenizer
 
 Prompt = str | list[int] | Messages
+
+SHARE = 0.25
+"""Of the device's memory, for the cache, where nothing else is said."""
+MOST_SEQUENCES = 64
+"""At full length; a cache is no larger."""
 
 
 @dataclass
@@ -27,15 +41,84 @@ class Completion:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = "length"
-    """stop (a stop token came; it is the last of `ids`) or length."""
+    """stop (a stop token, which is the last of `ids`, or a stop string, which isn't in `text`), length or
+    cancelled."""
     logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Of each token the most probable ones with their log-probabilities, where asked for."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What a model says of a continuation."""
+
+    logprob: float
+    """Nats, of all its tokens together."""
+    greedy: bool
+    """Whether each of its tokens is the most probable one."""
+    n_tokens: int
 
 
 class Engine:
-    """Generates from a model that it doesn't copy: live weights are always the current ones."""
+    """Generates from a model that it doesn't copy: live weights are always the current ones.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    Requests run together and share the keys and values of common beginnings; `run` takes any program.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        dtype: Kind | None = None,
+        deterministic: bool = False,
+        cache_bytes: int | None = None,
+        step_tokens: int = 512,
+    ) -> None:
+        """`dtype`: of the weights that are computed with, default as the model computes; int8 and int4 are
+        rounded copies. `cache_bytes`: of keys and values, default a quarter of the device's memory.
+
+        `deterministic`: a request's tokens and log-probabilities are the same to the bit, whatever else the
+        engine does in the meantime. `step_tokens`: of prompts that are read in one step.
+        Raises UserError where the cache can't hold anything.
+        """
+        self.model, self.tokenizer, self.deterministic = model, tokenizer, deterministic
+        self._kind = dtype
+        self._cache_bytes, self._step_tokens = cache_bytes, step_tokens
+        self._scheduler: Scheduler | None = None
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Made when it is first needed."""
+        if self._scheduler is None:
+            config, device = self.model.config, self.model.head_weight.device
+            kind = self._kind or _kind_of(self.model.compute_dtype or self.model.head_weight.dtype)
+            dtype = torch.float32 if kind == "float32" else torch.bfloat16
+            size = bytes_per_block(config, dtype)
+            most = MOST_SEQUENCES * -(-config.max_positions // POSITIONS)
+            limit = self._cache_bytes if self._cache_bytes is not None else _free_bytes(device)
+            n_blocks = min(most, limit // size)
+            if n_blocks < 2:
+                raise UserError(
+                    f"{limit:,} bytes for keys and values: {POSITIONS} tokens take {size:,}",
+                    "give the engine more memory",
+                )
+            shares = config.rope_scaling is None or config.rope_scaling.kind not in ("dynamic", "longrope")
+            window = 0 if not all(config.window_of(n) for n in range(config.n_layers)) else config.window
+            tables = Tables(Blocks(n_blocks, POSITIONS), window, shares)
+            cache = PagedCache(config, n_blocks, dtype, device)
+            runner: Runner
+            if device.type == "cpu" and runs_fast(config):
+                runner = FastRunner(self.model, cache, self.deterministic, kind)
+            else:
+                runner = Runner(self.model, cache, self.deterministic)
+            self._scheduler = Scheduler(runner, tables, self._step_tokens)
+        return self._scheduler
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache holds."""
+        return self.scheduler.tables.blocks.n_blocks * POSITIONS
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """A text begins like a document; messages are rendered up to the assistant's turn."""
@@ -44,87 +127,128 @@ class Engine:
         parts: list[Any] = list(prompt)
         return render_prompt(parts, self.tokenizer) if _is_chat(parts) else [int(token) for token in parts]
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt, as one batch. Raises UserError for a prompt beyond the context."""
-        completions = [Completion() for _ in prompts]
-        for row, token, logprob, done in self._steps([self.prompt_ids(p) for p in prompts], params):
-            completion = completions[row]
-            completion.ids.append(token)
-            completion.logprobs.append(logprob)
-            completion.finish_reason = "stop" if done else "length"
-        for prompt, completion in zip(prompts, completions, strict=True):
-            completion.text = "".join(self._pieces(prompt, completion.ids))
-        return completions
+    def submit(self, prompt: Prompt, params: SamplingParams) -> "Request":
+        """Puts a request into the batch; `step` moves it on. Raises UserError for what can never fit."""
+        ids = self.prompt_ids(prompt)
+        self._check_prompt(ids)
+        n_tokens = min(len(ids) + params.max_tokens, self.model.config.max_positions)
+        if n_tokens > self.capacity and not self.scheduler.tables.window:
+            raise UserError(
+                f"{len(ids)} tokens of prompt, {params.max_tokens} of answer: a cache of {self.capacity}",
+                "give the engine more memory, shorten the prompt or generate fewer tokens",
+            )
+        request = Request(self, ids, params, _is_chat(prompt))
+        sequences = Owned(self.scheduler.tables)
+        request.job = Job(request.program(sequences), owned=sequences.owned)
+        self.scheduler.submit(request.job)
+        return request
+
+    def step(self) -> None:
+        """Moves all requests on: one token of each answer, or a part of a prompt."""
+        self.scheduler.step()
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """One completion a prompt. Raises UserError for a prompt beyond the context."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        requests: list[Request] = []
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                requests.append(self.submit(prompt, own))
+            for request in requests:
+                request.wait()
+        finally:
+            for request in requests:
+                request.cancel()
+        return [request.completion for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
         """The answer piece by piece, each piece whole characters; together they are `generate`'s text."""
-        return self._pieces(
-            prompt, (token for _, token, _, _ in self._steps([self.prompt_ids(prompt)], params))
-        )
-
-    def _pieces(self, prompt: Prompt, ids: Iterable[int]) -> Iterator[str]:
-        """The text of an answer: behind a text it begins with a blank where a word does; a reply does not."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        begins = _is_chat(prompt) and self.tokenizer.drops_first_blank
-        for token in ids:
-            if piece := decoder.decode(self.tokenizer.decode_bytes([token])):
-                yield piece.removeprefix(" ") if begins else piece
-                begins = False
-        if rest := decoder.decode(b"", final=True):
-            yield rest
+        request = self.submit(prompt, params)
+        try:
+            yield from request.pieces()
+        finally:
+            request.cancel()
 
     def chat(self, messages: Messages, params: SamplingParams) -> Completion:
         """The assistant's next turn."""
         return self.generate([messages], params)[0]
 
-    @torch.no_grad()
-    def _steps(
-        self, prompts: list[list[int]], params: SamplingParams
-    ) -> Iterator[tuple[int, int, float, bool]]:
-        """(row, token, log-probability, whether it ends the row), token by token."""
-        stops = self.tokenizer.stop_ids if params.stop_ids is None else params.stop_ids
-        limit = self.model.config.max_positions
-        for ids in prompts:
-            self._check_prompt(ids)
-        if not prompts:
-            return
-        longest = max(map(len, prompts))
-        room = min(limit, longest + params.max_tokens)
-        device = self.model.head_weight.device
-        dtype = self.model.compute_dtype or self.model.head_weight.dtype
-        cache = KVCache(self.model.config, len(prompts), room, dtype, device)
-        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], device=device)
-        last = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
-        hidden = self.model.hidden(padded, cache=cache)
-        cache.set_lengths([len(ids) for ids in prompts])
-        logits = self.model.logits(hidden[torch.arange(len(prompts), device=device), last]).float()
-        generators = [_generator(params.seed, ids) for ids in prompts]
-        rows = list(range(len(prompts)))
-        for count in range(1, params.max_tokens + 1):
-            tokens = choose(logits, params, generators)
-            logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
-            kept = []
-            for index, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
-                if math.isnan(logprob):
-                    raise UserError("the model's logits are not numbers", "take an earlier checkpoint")
-                done = token in stops
-                yield rows[index], token, logprob, done
-                if not done and cache.lengths[index] < room:
-                    kept.append(index)
-            if not kept or count == params.max_tokens:
-                return
-            if len(kept) < len(rows):
-                cache.select(kept)
-                rows = [rows[index] for index in kept]
-                generators = [generators[index] for index in kept]
-                tokens = tokens[kept]
-            logits = self.model.logits(self.model.hidden(tokens[:, None], cache=cache)[:, -1]).float()
+    def run(self, *programs: Any) -> list[Any]:
+        """What each program returns, run together: functions of `Sequences`, see `program.py`."""
+        jobs = []
+        for program in programs:
+            sequences = Owned(self.scheduler.tables)
+            jobs.append(Job(program(sequences), owned=sequences.owned))
+        try:
+            for job in jobs:
+                self.scheduler.submit(job)
+            while not all(job.done for job in jobs):
+                self.scheduler.step()
+        finally:
+            for job in jobs:
+                self.scheduler.cancel(job)
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
+        return [job.result for job in jobs]
 
-    def _check_prompt(self, ids: list[int]) -> None:
+    def likelihood(self, prefix: str | list[int], continuations: Sequence[list[int]]) -> list[Likelihood]:
+        """Of each continuation of one beginning, which is read once."""
+        ids = self.prompt_ids(prefix)
+        return self.likelihoods([(ids, continuation) for continuation in continuations])
+
+    def likelihoods(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
+        """Of (prefix, continuation) pairs in tokens. What prefixes have in common is read once.
+
+        Raises UserError for an empty prefix or continuation, and for a pair beyond the context.
+        """
+        for prefix, continuation in requests:
+            self._check_pair(prefix, continuation)
+        # Neighbours share most: sorted by their tokens, a prefix is still in the cache when it comes again.
+        order = sorted(range(len(requests)), key=lambda number: requests[number][0])
+        groups = [[*group] for _, group in groupby(order, key=lambda number: requests[number][0])]
+        programs = [
+            _Scoring(requests[group[0]][0], [requests[number][1] for number in group]).program
+            for group in groups
+        ]
+        found: list[Any] = [None] * len(requests)
+        for group, answers in zip(groups, self.run(*programs), strict=True):
+            for number, answer in zip(group, answers, strict=True):
+                found[number] = answer
+        return found
+
+    def embed(self, texts: Sequence[str | list[int]]) -> torch.Tensor:
+        """(texts, D) float32: the mean of the last layer's vectors over a text's tokens."""
+        ids = [self.prompt_ids(text) for text in texts]
+        for tokens in ids:
+            self._check_prompt(tokens, room=0)
+
+        def program(tokens: list[int]) -> Any:
+            def embedding(sequences: Sequences) -> Program[torch.Tensor]:
+                sequence = sequences.open()
+                output = yield [Feed(sequence, tokens, every=True, hidden_only=True)]
+                sequences.free(sequence)
+                return output.hidden.float().mean(0)
+
+            return embedding
+
+        return torch.stack(self.run(*map(program, ids)))
+
+    def _check_pair(self, prefix: list[int], continuation: list[int]) -> None:
+        if not continuation:
+            raise UserError("a continuation is empty", "give at least one token to be scored")
+        self._check_prompt([*prefix, *continuation[:-1]], room=0)
+        if not prefix:
+            raise UserError("a prefix is empty", "begin with the start token, or any other")
+
+    def _check_prompt(self, ids: list[int], room: int = 1) -> None:
+        """`room`: positions that must be left."""
         config = self.model.config
         if not ids:
             raise UserError("the prompt is empty", "give at least one token")
-        if len(ids) >= config.max_positions:
+        if len(ids) + room > config.max_positions:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the model's context {config.max_positions}",
                 "shorten the prompt",
@@ -135,6 +259,122 @@ class Engine:
                 f"the prompt holds the id {wrong}, the model's vocabulary has {config.vocab_size} entries",
                 "use the tokenizer that belongs to the model",
             )
+
+
+class Request:
+    """An answer in the making."""
+
+    job: Job
+
+    def __init__(self, engine: Engine, ids: list[int], params: SamplingParams, is_reply: bool) -> None:
+        self.engine, self.ids, self.params = engine, ids, params
+        self.completion = Completion()
+        self.is_reply = is_reply
+        tokenizer = engine.tokenizer
+        self.stops = set(tokenizer.stop_ids if params.stop_ids is None else params.stop_ids)
+        self.room = min(params.max_tokens, engine.model.config.max_positions - len(ids))
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begins = is_reply and tokenizer.drops_first_blank
+
+    @property
+    def done(self) -> bool:
+        return self.job.done
+
+    def cancel(self) -> None:
+        """Ends it here; its memory is free at once. Nothing happens where it has ended."""
+        if not self.job.done:
+            self.engine.scheduler.cancel(self.job)
+            self.completion.finish_reason = "cancelled"
+
+    def wait(self) -> Completion:
+        """Raises what went wrong."""
+        for _ in self.pieces():
+            pass
+        return self.completion
+
+    def pieces(self) -> Iterator[str]:
+        """The text as it comes."""
+        seen = 0
+        while True:
+            text = self.completion.text
+            if len(text) > seen:
+                yield text[seen:]
+                seen = len(text)
+            if self.job.done:
+                break
+            self.engine.step()
+        if self.job.error is not None:
+            raise self.job.error
+
+    def program(self, sequences: Sequences) -> Program[Completion]:
+        """Token by token until a stop, or until there is no room."""
+        completion = self.completion
+        row = Row(self.ids, self.params, generator=_generator(self.params.seed, self.ids))
+        sequence = sequences.open()
+        fed: Sequence[int] = self.ids
+        for _ in range(self.room):
+            output = yield [Feed(sequence, fed, row=row)]
+            assert output.draw is not None
+            token, logprob = output.draw.token, output.draw.logprob
+            if math.isnan(logprob):
+                raise UserError("the model's logits are not numbers", "take an earlier checkpoint")
+            row.generated.append(token)
+            completion.ids.append(token)
+            completion.logprobs.append(logprob)
+            if token in self.stops:
+                completion.finish_reason = "stop"
+                break
+            self._append(self.engine.tokenizer.decode_bytes([token]))
+            fed = [token]
+        self._append(b"", final=True)
+        return completion
+
+    def _append(self, data: bytes, final: bool = False) -> None:
+        """The text of an answer: behind a text it begins with a blank where a word does; a reply does not."""
+        if piece := self._decoder.decode(data, final):
+            self.completion.text += piece.removeprefix(" ") if self._begins else piece
+            self._begins = False
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """The continuations of one prefix."""
+
+    prefix: list[int]
+    continuations: list[list[int]]
+
+    def program(self, sequences: Sequences) -> Program[list[Likelihood]]:
+        """Reads all of the prefix but its last token once, and forks."""
+        base = sequences.open()
+        if len(self.prefix) > 1 and len(self.continuations) > 1:
+            yield [Feed(base, self.prefix[:-1], silent=True)]
+            tail = self.prefix[-1:]
+        else:
+            tail = self.prefix
+        forks = [base, *(sequences.fork(base) for _ in self.continuations[1:])]
+        output = yield [
+            Feed(fork, [*tail, *continuation[:-1]], targets=continuation)
+            for fork, continuation in zip(forks, self.continuations, strict=True)
+        ]
+        for fork in forks:
+            sequences.free(fork)
+        assert output.logprobs is not None
+        assert output.greedy is not None
+        sizes = [len(continuation) for continuation in self.continuations]
+        return [
+            Likelihood(float(logprobs.double().sum()), bool(greedy.all()), len(logprobs))
+            for logprobs, greedy in zip(output.logprobs.split(sizes), output.greedy.split(sizes), strict=True)
+        ]
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * SHARE)
+    return int(memory_bytes() * SHARE)
+
+
+def _kind_of(dtype: torch.dtype) -> Kind:
+    return "float32" if dtype == torch.float32 else "bf16"
 
 
 def _is_chat(prompt: Prompt) -> bool:

@@ -18,29 +18,69 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
+
+from danlu.generate.draw import Draw
+from danlu.generate.sampling import Row
 
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Tokens that are appended to a sequence, at least one."""
+    """Tokens that are appended to a sequence, at least one. A sequence is in a list of feeds only once.
+
+    What is asked about them: logits after the last one; with `every`, after each; with `row`, a token drawn
+    by it after the last one; with `targets`, the log-probabilities of these after the last tokens.
+    """
 
     sequence: int
     tokens: Sequence[int]
     every: bool = False
-    """Whether logits are wanted after each of the tokens, or after the last one only."""
+    row: Row | None = None
+    targets: Sequence[int] = ()
+    hidden_only: bool = False
+    """No logits, only what they are made from."""
+    silent: bool = False
+    """Nothing is asked."""
+
+    @property
+    def wanted(self) -> int:
+        """How many of the last tokens are asked about."""
+        if self.silent:
+            return 0
+        return len(self.tokens) if self.every else max(1, len(self.targets))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Output:
-    """What the model says of the tokens fed, feed by feed: a row for each token asked about."""
+    """What the model says of the tokens that were asked about, feed by feed: a row for each."""
 
-    logits: Tensor
-    """(rows, V) float32."""
     hidden: Tensor
-    """(rows, D) what the output matrix was multiplied with."""
+    """(rows, D) what the output matrix is multiplied with."""
+    logits: Tensor | None = None
+    """(rows, V) float32."""
+    draw: Draw | None = None
+    logprobs: Tensor | None = None
+    """(rows,) float32 of the targets."""
+    greedy: Tensor | None = None
+    """(rows,) whether each target is the most probable token."""
+
+    @classmethod
+    def join(cls, parts: "list[Output]") -> "Output":
+        """The rows of all parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        names = ("logits", "logprobs", "greedy")
+        joined = {
+            name: [value for part in parts if (value := getattr(part, name)) is not None] for name in names
+        }
+        return cls(
+            torch.cat([part.hidden for part in parts] or [torch.empty(0)]),
+            **{name: torch.cat(values) for name, values in joined.items() if values},
+            draw=parts[-1].draw if parts else None,
+        )
 
 
 Program = Generator[list[Feed], Output, R]

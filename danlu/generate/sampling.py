@@ -4,7 +4,7 @@ Shapes: logits (B, V) float32 → logits (B, V), what is ruled out at minus infi
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +36,16 @@ class SamplingParams:
         for name, (fits, wanted) in ranges.items():
             if not fits:
                 raise UserError(f"{name} is {getattr(self, name)}", f"give {wanted}")
+
+
+@dataclass
+class Row:
+    """One request's state."""
+
+    prompt: list[int]
+    params: SamplingParams
+    generated: list[int] = field(default_factory=list)
+    generator: torch.Generator = field(default_factory=torch.Generator)
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:

@@ -104,7 +104,7 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v = q * scores.scale, k.flatten(0, 1), v.flatten(0, 1)
         out = q.new_empty(b, t, h, head)
         for block in blocks:
-            p, _ = _probabilities(_rows(q, k, block), k, block, b, scores)
+            p, _ = block_probabilities(_rows(q, k, block), k, block, b, scores)
             y = p @ v[:, block.first : block.end]
             out[:, block.begin : block.end] = y.view(b, h, -1, head).transpose(1, 2)
         ctx.save_for_backward(q, k, v)
@@ -122,7 +122,7 @@ class _CausalAttention(torch.autograd.Function):
         for block in ctx.blocks:
             rows, keys = slice(block.begin, block.end), slice(block.first, block.end)
             q_rows, d = _rows(q, k, block), _rows(dout, k, block)
-            p, slope = _probabilities(q_rows, k, block, b, ctx.scores)
+            p, slope = block_probabilities(q_rows, k, block, b, ctx.scores)
             dv[:, keys] += p.mT @ d
             dp = d @ v[:, keys].mT
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
@@ -145,10 +145,13 @@ def _rows(x: Tensor, k: Tensor, block: Block) -> Tensor:
     return x[:, :, block.begin : block.end].reshape(k.shape[0], -1, x.shape[3])
 
 
-def _probabilities(
+def block_probabilities(
     q_rows: Tensor, k: Tensor, block: Block, batch_size: int, how: Scores
 ) -> tuple[Tensor, Tensor | None]:
-    """(B · H_kv, H / H_kv · rows, keys), each row summing to one; and the soft cap's derivative, if any."""
+    """(B · H_kv, H / H_kv · rows, keys), each row summing to one; and the soft cap's derivative, if any.
+
+    q_rows (B · H_kv, H / H_kv · rows, head), scaled; k (B · H_kv, T, head).
+    """
     scores, slope = q_rows @ k[:, block.first : block.end].mT, None
     if how.softcap or how.alibi:
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,9 +1,28 @@
 """The key-value cache of incremental decoding."""
 
+from typing import Protocol
+
 import torch
+from torch import Tensor
 
 from danlu.core.errors import UserError
+from danlu.model.attention import Scores, cached_attention
 from danlu.model.config import ModelConfig
+
+
+class Cache(Protocol):
+    """What the model asks of a cache."""
+
+    def next_positions(self, n_tokens: int) -> Tensor:
+        """Positions (B, n_tokens) of the tokens of this call."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scores: Scores
+    ) -> Tensor:
+        """Keeps k and v (B, H_kv, T, head), and reads with q (B, H, T, head): (B, T, H, head)."""
+
+    def advance(self, n_tokens: int) -> None:
+        """Called after the last layer."""
 
 
 class KVCache:
@@ -53,7 +72,7 @@ class KVCache:
         self.values = self.values.index_select(1, index)
         self.lengths = [self.lengths[row] for row in rows]
 
-    def next_positions(self, n_tokens: int) -> torch.Tensor:
+    def next_positions(self, n_tokens: int) -> Tensor:
         """Positions (B, n_tokens) of the next tokens of every row."""
         if max(self.lengths) + n_tokens > self.capacity:
             raise UserError(
@@ -63,7 +82,15 @@ class KVCache:
         starts = torch.tensor(self.lengths, device=self.keys.device)
         return starts[:, None] + torch.arange(n_tokens, device=self.keys.device)
 
-    def write(self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scores: Scores
+    ) -> Tensor:
+        """See `Cache`."""
+        self._write(layer, positions, k, v)
+        k, v = self._read(layer, q.shape[2])
+        return cached_attention(q, k, v, positions, scores)
+
+    def _write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores k and v (B, H_kv, T, head) of `layer` at `positions` (B, T)."""
         n_tokens = positions.shape[1]
         if len(set(self.lengths)) == 1:
@@ -75,7 +102,7 @@ class KVCache:
             self.keys[layer].scatter_(2, index, k)
             self.values[layer].scatter_(2, index, v)
 
-    def read(self, layer: int, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, layer: int, n_tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H_kv, S, head) of `layer`, S the longest row after `n_tokens` more."""
         end = max(self.lengths) + n_tokens
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]

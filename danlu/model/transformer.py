@@ -16,13 +16,12 @@ from danlu.core.errors import UserError
 from danlu.model.attention import Block as QueryBlock
 from danlu.model.attention import (
     Scores,
-    cached_attention,
     causal_attention,
     fused_attention,
     plan_blocks,
     square_mask,
 )
-from danlu.model.cache import KVCache
+from danlu.model.cache import Cache
 from danlu.model.config import ModelConfig
 from danlu.model.layers import Experts, FeedForward, Linear, make_norm
 from danlu.model.positions import Rotation, rotary, rotate
@@ -99,9 +98,7 @@ class Layer(nn.Module):
 class Context:
     """What a query may see: the tokens of its own call (training), or those plus a cache (decoding)."""
 
-    def __init__(
-        self, ids: Tensor, positions: Tensor, segments: Tensor | None, cache: KVCache | None
-    ) -> None:
+    def __init__(self, ids: Tensor, positions: Tensor, segments: Tensor | None, cache: Cache | None) -> None:
         self.ids, self.positions, self.segments, self.cache = ids, positions, segments, cache
         self.layer = 0
         self.blocks: dict[int, list[QueryBlock]] = {}
@@ -110,10 +107,8 @@ class Context:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """The attention of one layer; called once a layer, in their order. Returns (B, T, H, head)."""
         if self.cache is not None:
-            self.cache.write(self.layer, self.positions, k, v)
-            k, v = self.cache.read(self.layer, q.shape[2])
             self.layer += 1
-            return cached_attention(q, k, v, self.positions, scores)
+            return self.cache.attend(self.layer - 1, q, k, v, self.positions, scores)
         if q.is_cuda and scores.plain:
             return fused_attention(q, k, v, self.mask, scores.scale)
         if scores.window not in self.blocks:
@@ -171,7 +166,7 @@ class Transformer(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of the token after each of `ids` (B, T).
 
@@ -192,7 +187,7 @@ class Transformer(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """As `forward`, but the vectors (B, T, D) that the output matrix is multiplied with."""
         n_tokens = ids.shape[1]

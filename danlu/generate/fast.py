@@ -1,0 +1,263 @@
+"""Decoding models of LLaMA's kind on a processor: packed weights, few operators, no copies of the cache.
+
+A step of few tokens is one call of `kernels.decode`, which reads each weight once. A step of many tokens is
+bound by arithmetic: its products run in oneDNN, on weights packed in the order that it likes best.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from numba import get_num_threads
+from torch import Tensor, nn
+
+from danlu.core.errors import UserError
+from danlu.generate import kernels
+from danlu.generate.blocks import Piece
+from danlu.generate.packed import GROUP, Kind, Matrix, empty, pack, unpack
+from danlu.generate.paged import PagedCache, Step, as_array
+from danlu.generate.runner import Runner
+from danlu.model.attention import Scores
+from danlu.model.config import ModelConfig
+from danlu.model.layers import FeedForward, Linear, RMSNorm
+from danlu.model.lora import LoraLinear
+from danlu.model.positions import rotary
+from danlu.model.quantised import QuantisedLinear
+from danlu.model.transformer import Layer, Transformer
+
+FEW = 4
+"""Most tokens of a step that `kernels.decode` computes faster than oneDNN."""
+
+
+def runs_fast(config: ModelConfig) -> bool:
+    """Whether `kernels.decode` knows all that the model does: LLaMA, Mistral, Qwen 2 and 3, SmolLM …"""
+    plain = ModelConfig(
+        **config.model_dump(
+            include={
+                *("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_width", "ffn_width"),
+                *("max_positions", "rope_theta", "norm_eps", "tied_embeddings", "rope_width", "rope_scaling"),
+                *("rope_layers", "window", "local_layers", "local_rope_theta", "attention_scale", "qk_norm"),
+                *("qkv_bias", "embedding_scale", "norm_plus_one", "family", "position_offset"),
+                *("n_active", "expert_width", "expert_ffn", "normalised_experts", "moe_layers"),
+            }
+        )
+    )
+    return plain == config and config.positions == "rope" and config.head_width % kernels.POSITIONS == 0
+
+
+class FastRunner(Runner):
+    """As `Runner`, for what `runs_fast` says, on a processor."""
+
+    def __init__(
+        self, model: Transformer, cache: PagedCache, exact: bool = False, kind: Kind = "float32"
+    ) -> None:
+        """`kind`: of the packed weights. Raises UserError for widths that don't divide into groups."""
+        super().__init__(model, cache, exact)
+        config = model.config
+        self.kind: Kind = kind
+        if kind == "int4" and (config.width % GROUP or config.ffn_width % GROUP):
+            raise UserError(
+                f"widths {config.width} and {config.ffn_width} aren't multiples of {GROUP}, as int4 needs",
+                "use int8",
+            )
+        n, width, ffn = config.n_layers, config.width, config.ffn_width
+        self.q_width, kv_width = config.n_heads * config.head_width, config.n_kv_heads * config.head_width
+        self.n_rows = self.q_width + 2 * kv_width
+        self.qkv = empty((n, self.n_rows, width), kind)
+        self.out = empty((n, width, self.q_width), kind)
+        self.gate_up = empty((n, 2 * ffn, width), kind)
+        self.down = empty((n, width, ffn), kind)
+        self.head = empty((config.vocab_size, width), kind)
+        self.qkv_bias = torch.zeros(n, self.n_rows if config.qkv_bias else 0)
+        self.norms, self.last_norm = torch.empty(n, 2, width), torch.empty(width)
+        self.head_norms = torch.empty((n, 2, config.head_width) if config.qk_norm else (n, 0, 0))
+        self.windows = np.array([config.window_of(layer) for layer in range(n)])
+        kinds: dict[object, int] = {}
+        for layer in range(n):
+            if (rope := config.rope_theta_of(layer)) is not None:
+                kinds.setdefault(rope, layer)
+        self.angle_layers = list(kinds.values())
+        """One layer of each kind of angles."""
+        numbers = {rope: number for number, rope in enumerate(kinds)}
+        self.angles = np.array(
+            [-1 if (rope := config.rope_theta_of(layer)) is None else numbers[rope] for layer in range(n)]
+        )
+        self._pack()
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the packed weights, one copy."""
+        return sum(m.n_bytes for m in (self.qkv, self.out, self.gate_up, self.down, self.head))
+
+    def refresh(self) -> bool:
+        """Packs the weights again, in place, where they have changed."""
+        changed = super().refresh()
+        if changed:
+            self._pack()
+        return changed
+
+    @torch.no_grad()
+    def _pack(self) -> None:
+        for number, module in enumerate(self.model.layers):
+            assert isinstance(module, Layer)
+            layer, attention, ffn = module, module.attention, module.ffn
+            assert isinstance(ffn, FeedForward)
+            assert ffn.gate is not None
+            joined = torch.cat([weight(m) for m in (attention.q, attention.k, attention.v)])
+            pack(joined, self._of(self.qkv, number))
+            pack(weight(attention.out), self._of(self.out, number))
+            pack(torch.cat((weight(ffn.gate), weight(ffn.up))), self._of(self.gate_up, number))
+            pack(weight(ffn.down), self._of(self.down, number))
+            if self.model.config.qkv_bias:
+                biases = [bias(m) for m in (attention.q, attention.k, attention.v)]
+                self.qkv_bias[number] = torch.cat(biases)
+            for place, norm in enumerate((layer.attention_norm, layer.ffn_norm)):
+                self.norms[number, place] = norm_weight(norm)
+            if attention.q_norm is not None and attention.k_norm is not None:
+                self.head_norms[number, 0] = norm_weight(attention.q_norm)
+                self.head_norms[number, 1] = norm_weight(attention.k_norm)
+        self.last_norm.copy_(norm_weight(self.model.norm))
+        pack(self.model.head_weight, self.head)
+        self.__dict__.pop("products", None)
+
+    def _of(self, matrix: Matrix, number: int) -> Matrix:
+        return Matrix(matrix.data[number], matrix.factors[number])
+
+    @cached_property
+    def products(self) -> "list[list[Tensor]]":
+        """qkv, out, gate_up and down of each layer, and last the head, as oneDNN packs them."""
+        stacks = (self.qkv, self.out, self.gate_up, self.down)
+        layers = [[reordered(self._of(m, n)) for m in stacks] for n in range(self.model.config.n_layers)]
+        return [*layers, [reordered(self.head)]]
+
+    @torch.no_grad()
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        roots: Sequence[int],
+        copies: Sequence[tuple[int, int]],
+        wanted: Sequence[int],
+    ) -> Tensor:
+        self.cache.copy(copies)
+        step = Step(self.cache, pieces, self.exact)
+        ids = torch.tensor([token for piece in pieces for token in piece.tokens])
+        x = self.model.embedding(ids).float() * self.model.config.embedding_scale
+        few = self.exact or len(ids) <= FEW
+        x = self._few(x, step) if few else self._many(x, step)
+        return x if len(wanted) == len(x) else x[torch.tensor(wanted, dtype=torch.long)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if not self.exact and len(hidden) > FEW:
+            dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
+            return multiply(hidden.to(dtype), self.products[-1][0]).float()
+        found = np.empty((len(hidden), self.model.config.vocab_size), np.float32)
+        kernels.product(*self.head.arrays, hidden.numpy(), found, get_num_threads() * 4)
+        return torch.from_numpy(found)
+
+    def _rotations(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin (kinds, N, rotated / 2)."""
+        positions = torch.from_numpy(step.positions)
+        found = [rotary(self.model.config, layer, positions) for layer in self.angle_layers]
+        pairs = [(cos[:, 0].numpy(), sin[:, 0].numpy()) for pair in found if pair for cos, sin in [pair]]
+        if not pairs:
+            return np.zeros((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.float32)
+        return np.stack([cos for cos, _ in pairs]), np.stack([sin for _, sin in pairs])
+
+    def _few(self, x: Tensor, step: Step) -> Tensor:
+        cos, sin = self._rotations(step)
+        keys, values = self.cache.arrays
+        kernels.decode(
+            x.numpy(),
+            self.norms.numpy(),
+            np.float32(self.model.config.norm_eps),
+            *self.qkv.arrays,
+            self.qkv_bias.numpy(),
+            *self.out.arrays,
+            *self.gate_up.arrays,
+            *self.down.arrays,
+            self.head_norms.numpy(),
+            self.last_norm.numpy(),
+            cos,
+            sin,
+            self.angles,
+            self.windows,
+            keys,
+            values,
+            step.tables,
+            step.rows,
+            step.positions,
+            np.float32(self.model.config.score_scale),
+            np.zeros(1, np.int64),
+            get_num_threads(),
+        )
+        return x
+
+    def _many(self, x: Tensor, step: Step) -> Tensor:
+        config, eps = self.model.config, np.float32(self.model.config.norm_eps)
+        dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
+        cos, sin = self._rotations(step)
+        norms, head_norms, biases = self.norms.numpy(), self.head_norms.numpy(), self.qkv_bias.numpy()
+        keys, values = self.cache.arrays
+        n = len(x)
+        stream, h = x.numpy(), torch.empty(n, config.width, dtype=dtype)
+        queries = torch.empty(n, config.n_heads, config.head_width)
+        inner = torch.empty(n, config.ffn_width, dtype=dtype)
+        added = torch.zeros(n, config.width, dtype=dtype)
+        for layer, (qkv, out, gate_up, down) in enumerate(self.products[:-1]):
+            kernels.add_and_norm(stream, as_array(added), norms[layer, 0], eps, as_array(h))
+            kind = int(self.angles[layer])
+            kernels.heads_of(
+                as_array(multiply(h, qkv)),
+                biases[layer],
+                head_norms[layer],
+                eps,
+                cos[max(kind, 0)],
+                sin[max(kind, 0)],
+                kind >= 0,
+                keys[layer],
+                values[layer],
+                step.tables,
+                step.rows,
+                step.positions,
+                queries.numpy(),
+            )
+            scores = Scores(config.score_scale, int(self.windows[layer]))
+            read = step.read(layer, queries, scores, dtype)
+            added = multiply(read.flatten(1), out)
+            kernels.add_and_norm(stream, as_array(added), norms[layer, 1], eps, as_array(h))
+            kernels.gated(as_array(multiply(h, gate_up)), as_array(inner), get_num_threads())
+            added = multiply(inner, down)
+        hidden = torch.empty(n, config.width)
+        kernels.add_and_norm(stream, as_array(added), self.last_norm.numpy(), eps, hidden.numpy())
+        return hidden
+
+
+def weight(module: nn.Module) -> Tensor:
+    """A matrix as it is used now: with the active adapter, unpacked."""
+    if isinstance(module, LoraLinear):
+        return module.merged()
+    assert isinstance(module, Linear | QuantisedLinear)
+    return module.weight
+
+
+def bias(module: nn.Module) -> Tensor:
+    found = module.base.bias if isinstance(module, LoraLinear) else module.bias
+    assert isinstance(found, Tensor)
+    return found
+
+
+def norm_weight(norm: nn.Module | None) -> Tensor:
+    assert isinstance(norm, RMSNorm)
+    return norm.weight.float() + 1 if norm.plus_one else norm.weight.float()
+
+
+def reordered(matrix: Matrix) -> Tensor:
+    """A matrix (rows, D) as oneDNN likes it for products with few rows; 8 and 4 bits as bfloat16."""
+    data = matrix.data if matrix.data.is_floating_point() else unpack(matrix).bfloat16()
+    return torch.ops.mkldnn._reorder_linear_weight(data, 16)
+
+
+def multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    """x (N, D) times a reordered matrix: (N, rows), in the dtype of x."""
+    return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")

@@ -1,0 +1,576 @@
+"""The loops of decoding on a processor, compiled by numba when they are first called, without a compiler.
+
+Few tokens are bound by memory: each weight is read once, multiplied with all of them, in bfloat16, 8 or 4
+bits as it is stored, and summed in float32. All sums have one order, whatever else is computed in the same
+call: that is the deterministic mode.
+
+Shapes: N tokens, D width, H query heads, G key-value heads, E width of a head, P positions in a block (16).
+The cache is keys (blocks, G, E, P) and values (blocks, G, P, E), so that no product needs a sum across a
+vector's lanes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload, register_jitable
+
+POSITIONS = 16
+"""In a block of the cache: the lanes of a vector."""
+
+# Sums may be taken in the order of a vector's lanes; NaN and infinity keep their meaning.
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+
+def _bitcast(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    kind = ir.FloatType() if signature.return_type == types.float32 else ir.IntType(32)
+    return builder.bitcast(arguments[0], kind)
+
+
+def _to_float(_: Any, bits: Any) -> Any:
+    return types.float32(types.uint32), _bitcast
+
+
+def _to_bits(_: Any, value: Any) -> Any:
+    return types.uint32(types.float32), _bitcast
+
+
+_float_of_bits: Any = intrinsic(_to_float)
+_bits_of_float: Any = intrinsic(_to_bits)
+
+
+def wide(value: Any) -> Any:
+    """float32 of a stored number; uint16 holds bfloat16."""
+    return np.float32(value)
+
+
+@overload(wide, strict=False)
+def _wide(value: Any) -> Callable[..., Any]:
+    if value == types.uint16:
+        return lambda value: _float_of_bits(np.uint32(value) << np.uint32(16))
+    return lambda value: np.float32(value)
+
+
+def narrow(value: Any, like: Any) -> Any:
+    """A float32 as it is stored in `like`: rounded to the nearest bfloat16 (ties to even), or as it is."""
+    return like.dtype.type(value)
+
+
+@overload(narrow, strict=False)
+def _narrow(value: Any, like: Any) -> Callable[..., Any]:
+    if like.dtype == types.uint16:
+
+        def rounded(value: Any, like: Any) -> Any:
+            bits = _bits_of_float(np.float32(value))
+            if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):  # NaN stays NaN
+                return np.uint16(0x7FC0)
+            odd = (bits >> np.uint32(16)) & np.uint32(1)
+            return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+        return rounded
+    return lambda value, like: np.float32(value)
+
+
+@register_jitable(fastmath=FAST)
+def exp(x: Any) -> Any:
+    """e^x in float32 to 2 units in the last place, for x ≤ 0: a polynomial that vectorises."""
+    x = max(x, np.float32(-87.0))
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    y = np.float32(1.9875691500e-4)
+    y = y * r + np.float32(1.3981999507e-3)
+    y = y * r + np.float32(8.3334519073e-3)
+    y = y * r + np.float32(4.1665795894e-2)
+    y = y * r + np.float32(1.6666665459e-1)
+    y = y * r + np.float32(0.5)
+    y = y * r * r + r + np.float32(1.0)
+    return y * _float_of_bits(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+
+
+@register_jitable(fastmath=FAST)
+def silu(x: Any) -> Any:
+    """x / (1 + e^-x)."""
+    e = exp(-abs(x))
+    return x / (np.float32(1.0) + e) if x >= 0 else x * e / (np.float32(1.0) + e)
+
+
+# Products
+
+
+def dot(w: Any, scale: Any, row: int, x: Any, n: int) -> Any:
+    """Row `row` of the matrix times x (n,)."""
+    raise NotImplementedError
+
+
+@overload(dot, strict=False, jit_options={"fastmath": FAST})
+def _dot(w: Any, scale: Any, row: Any, x: Any, n: Any) -> Callable[..., Any]:
+    if w.dtype == types.uint8:  # two 4-bit numbers in a byte, a scale for 32: see `pack`
+
+        def four_bits(w: Any, scale: Any, row: int, x: Any, n: int) -> Any:
+            total = np.float32(0)
+            for group in range(n // 32):
+                low, high = np.float32(0), np.float32(0)
+                for i in range(16):
+                    byte = w[row, group * 16 + i]
+                    low += np.float32(np.int32(byte & np.uint8(15)) - np.int32(8)) * x[group * 32 + i]
+                    high += np.float32(np.int32(byte >> np.uint8(4)) - np.int32(8)) * x[group * 32 + 16 + i]
+                total += wide(scale[row, group]) * (low + high)
+            return total
+
+        return four_bits
+
+    if w.dtype == types.int8:
+
+        def eight_bits(w: Any, scale: Any, row: int, x: Any, n: int) -> Any:
+            total = np.float32(0)
+            for i in range(n):
+                total += np.float32(w[row, i]) * x[i]
+            return total * wide(scale[row, 0])
+
+        return eight_bits
+
+    def plain(w: Any, scale: Any, row: int, x: Any, n: int) -> Any:
+        total = np.float32(0)
+        for i in range(n):
+            total += wide(w[row, i]) * x[i]
+        return total
+
+    return plain
+
+
+@njit(cache=True, parallel=True)
+def product(w: Any, scale: Any, x: Any, y: Any, parts: int) -> None:
+    """y (N, rows) = x (N, D) Wᵀ, in `parts` parallel parts. A number's sum is the same for every N."""
+    n_rows, n = w.shape[0], x.shape[1]
+    for part in prange(parts):
+        for row in range(part * n_rows // parts, (part + 1) * n_rows // parts):
+            for t in range(len(x)):
+                y[t, row] = dot(w, scale, row, x[t], n)
+
+
+# Attention
+
+
+@register_jitable(fastmath=FAST)
+def attend_one(
+    q: Any,
+    keys: Any,
+    values: Any,
+    table: Any,
+    last: int,
+    first: int,
+    scale: Any,
+    softcap: Any,
+    slopes: Any,
+    group: int,
+    scores: Any,
+    out: Any,
+) -> None:
+    """One token's query heads (heads, E) of one key-value head `group`, over the positions first … last.
+
+    `scores` (heads, ≥ positions) is scratch; `slopes` (heads,): ALiBi's, or none. Writes out (heads, E).
+    """
+    heads, e = q.shape
+    begin, end = first // POSITIONS, last // POSITIONS + 1
+    for b in range(begin, end):
+        k = keys[table[b], group]
+        at = (b - begin) * POSITIONS
+        for h in range(heads):
+            for j in range(POSITIONS):
+                scores[h, at + j] = 0
+        for i in range(e):
+            for h in range(heads):
+                for j in range(POSITIONS):
+                    scores[h, at + j] += q[h, i] * wide(k[i, j])
+    base = begin * POSITIONS
+    n = (end - begin) * POSITIONS
+    for h in range(heads):
+        top = np.float32(-np.inf)
+        for j in range(n):
+            s = scores[h, j] * scale
+            if softcap > 0:
+                s = np.float32(math.tanh(s / softcap)) * softcap
+            if len(slopes) > 0:
+                s -= slopes[h] * np.float32(last - base - j)
+            scores[h, j] = s
+        for j in range(first - base):
+            scores[h, j] = -np.inf
+        for j in range(last + 1 - base, n):
+            scores[h, j] = -np.inf
+        for j in range(n):
+            top = max(top, scores[h, j])
+        total = np.float32(0)
+        for j in range(n):
+            p = exp(scores[h, j] - top)
+            scores[h, j] = p
+        for j in range(first - base):
+            scores[h, j] = 0
+        for j in range(last + 1 - base, n):
+            scores[h, j] = 0
+        for j in range(n):
+            total += scores[h, j]
+        for j in range(n):
+            scores[h, j] /= total
+        for i in range(e):
+            out[h, i] = 0
+    for b in range(begin, end):
+        v = values[table[b], group]
+        at = (b - begin) * POSITIONS
+        # What lies behind the last token was never written: its probability is 0, but its value may be NaN.
+        for j in range(min(POSITIONS, last + 1 - b * POSITIONS)):
+            for h in range(heads):
+                p = scores[h, at + j]
+                for i in range(e):
+                    out[h, i] += p * wide(v[j, i])
+
+
+@njit(cache=True, parallel=True)
+def attend(
+    q: Any,
+    keys: Any,
+    values: Any,
+    tables: Any,
+    rows: Any,
+    positions: Any,
+    window: int,
+    scale: Any,
+    softcap: Any,
+    slopes: Any,
+    out: Any,
+) -> None:
+    """Attention of q (N, H, E) float32 over a paged cache.
+
+    tables (sequences, blocks) int32; rows (N,): each token's sequence; positions (N,). A query sees the
+    positions up to its own, `window` of them (0 = all). Writes out (N, H, E) float32.
+    """
+    n_groups = keys.shape[1]
+    heads = q.shape[1] // n_groups
+    for task in prange(len(q) * n_groups):
+        t, group = task // n_groups, task % n_groups
+        last = positions[t]
+        first = max(0, last + 1 - window) if window else 0
+        mine = slice(group * heads, (group + 1) * heads)
+        scores = np.empty((heads, last - first + 2 * POSITIONS), np.float32)
+        attend_one(
+            q[t, mine],
+            keys,
+            values,
+            tables[rows[t]],
+            last,
+            first,
+            scale,
+            softcap,
+            slopes[mine] if len(slopes) else slopes,
+            group,
+            scores,
+            out[t, mine],
+        )
+
+
+# A whole pass of a model of LLaMA's kind, for few tokens
+
+
+def _counter_address(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    return array.data
+
+
+def _add_one(_: Any, counter: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _counter_address(context, builder, signature, arguments)
+        return builder.atomic_rmw("add", address, ir.Constant(ir.IntType(64), 1), "seq_cst")
+
+    return types.int64(counter), build
+
+
+def _read(_: Any, counter: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _counter_address(context, builder, signature, arguments)
+        return builder.load_atomic(address, "seq_cst", 8, typ=ir.IntType(64))
+
+    return types.int64(counter), build
+
+
+def _give_way(_: Any) -> Any:
+    def build(__: Any, builder: Any, ___: Any, ____: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        function = cgutils.get_or_insert_function(builder.module, kind, "sched_yield")
+        return builder.call(function, [])
+
+    return types.int32(), build
+
+
+_atomic_add_one: Any = intrinsic(_add_one)
+_atomic_read: Any = intrinsic(_read)
+_sched_yield: Any = intrinsic(_give_way)
+
+
+@register_jitable
+def wait_for_all(counter: Any, target: int) -> None:
+    """A barrier: goes on once `target` threads, over all barriers so far, have come here."""
+    _atomic_add_one(counter)
+    spins = 0
+    while _atomic_read(counter) < target:
+        spins += 1
+        if spins > 20000:  # somebody else has our cores
+            _sched_yield()
+
+
+@register_jitable(fastmath=FAST)
+def rms_norm(x: Any, w: Any, eps: Any, y: Any) -> None:
+    """y = x / √(mean(x²) + ε) · w."""
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    factor = np.float32(1) / np.sqrt(total / np.float32(len(x)) + eps)
+    for i in range(len(x)):
+        y[i] = x[i] * factor * w[i]
+
+
+@register_jitable(fastmath=FAST)
+def turn(x: Any, cos: Any, sin: Any) -> None:
+    """Rotates the pairs (x_i, x_{i + n}) in place."""
+    n = len(cos)
+    for i in range(n):
+        a, b = x[i], x[i + n]
+        x[i] = a * cos[i] - b * sin[i]
+        x[i + n] = b * cos[i] + a * sin[i]
+
+
+@register_jitable
+def turn_and_write(
+    line: Any,
+    group: int,
+    heads: int,
+    head_norms: Any,
+    eps: Any,
+    cos: Any,
+    sin: Any,
+    turns: bool,
+    keys: Any,
+    values: Any,
+    slot: int,
+) -> None:
+    """Norms and rotates a group's queries and key in line ((H + 2 G) E,), in place.
+
+    The key and the value go to `slot` of a block: keys (E, P), values (P, E).
+    """
+    e = len(keys)
+    n_groups = len(line) // e // (heads + 2)
+    for head in range(group * heads, (group + 1) * heads):
+        q = line[head * e : (head + 1) * e]
+        if head_norms.shape[0]:
+            rms_norm(q, head_norms[0], eps, q)
+        if turns:
+            turn(q, cos, sin)
+    k = line[(n_groups * heads + group) * e : (n_groups * heads + group + 1) * e]
+    v = line[(n_groups * (heads + 1) + group) * e : (n_groups * (heads + 1) + group + 1) * e]
+    if head_norms.shape[0]:
+        rms_norm(k, head_norms[1], eps, k)
+    if turns:
+        turn(k, cos, sin)
+    for i in range(e):
+        keys[i, slot] = narrow(k[i], keys)
+        values[slot, i] = narrow(v[i], values)
+
+
+@njit(cache=True, parallel=True)
+def decode(
+    x: Any,
+    norms: Any,
+    eps: Any,
+    qkv: Any,
+    qkv_scale: Any,
+    qkv_bias: Any,
+    out: Any,
+    out_scale: Any,
+    gate_up: Any,
+    gate_up_scale: Any,
+    down: Any,
+    down_scale: Any,
+    head_norms: Any,
+    last_norm: Any,
+    cos: Any,
+    sin: Any,
+    angles: Any,
+    windows: Any,
+    keys: Any,
+    values: Any,
+    tables: Any,
+    rows: Any,
+    positions: Any,
+    scale: Any,
+    counter: Any,
+    n_threads: int,
+) -> None:
+    """x (N, D) float32, embedded tokens, becomes what the output matrix takes; keys and values are written.
+
+    norms (L, 2, D), last_norm (D,); qkv (L, (H + 2 G) E, D); out (L, D, H E); gate_up (L, 2 F, D);
+    down (L, D, F), with their scales; qkv_bias (L, rows) or (L, 0); head_norms (L, 2, E) or (L, 0, 0): of
+    queries and keys; cos, sin (kinds, N, rotated / 2), angles (L,): the kind of each layer, -1 = none;
+    windows (L,); counter (1,) int64, zero; n_threads: all of numba's, since they wait for one another.
+    """
+    n_tokens, width = x.shape
+    n_layers, n_groups, e = len(qkv), keys.shape[2], keys.shape[3]
+    ffn = gate_up.shape[1] // 2
+    q_width = qkv.shape[1] - 2 * n_groups * e
+    heads = q_width // e // n_groups
+    h = np.empty((n_tokens, width), np.float32)
+    mixed = np.empty((n_tokens, qkv.shape[1]), np.float32)
+    read = np.empty((n_tokens, q_width), np.float32)
+    inner = np.empty((n_tokens, ffn), np.float32)
+    none = np.empty(0, np.float32)
+    zero = np.float32(0)
+    for part in prange(n_threads):
+        target = 0
+        longest = 0
+        for t in range(n_tokens):
+            longest = max(longest, positions[t])
+        scores = np.empty((heads, longest + 2 * POSITIONS), np.float32)
+        for layer in range(n_layers):
+            for t in range(part, n_tokens, n_threads):
+                rms_norm(x[t], norms[layer, 0], eps, h[t])
+            target += n_threads
+            wait_for_all(counter, target)
+
+            n_rows = qkv.shape[1]
+            for row in range(part * n_rows // n_threads, (part + 1) * n_rows // n_threads):
+                for t in range(n_tokens):
+                    y = dot(qkv[layer], qkv_scale[layer], row, h[t], width)
+                    mixed[t, row] = y + qkv_bias[layer, row] if qkv_bias.shape[1] else y
+            target += n_threads
+            wait_for_all(counter, target)
+
+            for task in range(part, n_tokens * n_groups, n_threads):
+                t, group = task // n_groups, task % n_groups
+                kind = angles[layer]
+                turn_and_write(
+                    mixed[t],
+                    group,
+                    heads,
+                    head_norms[layer],
+                    eps,
+                    cos[max(kind, 0), t],
+                    sin[max(kind, 0), t],
+                    kind >= 0,
+                    keys[layer, tables[rows[t], positions[t] // POSITIONS], group],
+                    values[layer, tables[rows[t], positions[t] // POSITIONS], group],
+                    positions[t] % POSITIONS,
+                )
+            target += n_threads
+            wait_for_all(counter, target)
+
+            for task in range(part, n_tokens * n_groups, n_threads):
+                t, group = task // n_groups, task % n_groups
+                last = positions[t]
+                first = max(0, last + 1 - windows[layer]) if windows[layer] else 0
+                begin, end = group * heads * e, (group + 1) * heads * e
+                attend_one(
+                    mixed[t, begin:end].reshape(heads, e),
+                    keys[layer],
+                    values[layer],
+                    tables[rows[t]],
+                    last,
+                    first,
+                    scale,
+                    zero,
+                    none,
+                    group,
+                    scores,
+                    read[t, begin:end].reshape(heads, e),
+                )
+            target += n_threads
+            wait_for_all(counter, target)
+
+            for row in range(part * width // n_threads, (part + 1) * width // n_threads):
+                for t in range(n_tokens):
+                    x[t, row] += dot(out[layer], out_scale[layer], row, read[t], q_width)
+            target += n_threads
+            wait_for_all(counter, target)
+
+            for t in range(part, n_tokens, n_threads):
+                rms_norm(x[t], norms[layer, 1], eps, h[t])
+            target += n_threads
+            wait_for_all(counter, target)
+
+            for row in range(part * ffn // n_threads, (part + 1) * ffn // n_threads):
+                for t in range(n_tokens):
+                    gate = dot(gate_up[layer], gate_up_scale[layer], row, h[t], width)
+                    up = dot(gate_up[layer], gate_up_scale[layer], row + ffn, h[t], width)
+                    inner[t, row] = silu(gate) * up
+            target += n_threads
+            wait_for_all(counter, target)
+
+            for row in range(part * width // n_threads, (part + 1) * width // n_threads):
+                for t in range(n_tokens):
+                    x[t, row] += dot(down[layer], down_scale[layer], row, inner[t], ffn)
+            target += n_threads
+            wait_for_all(counter, target)
+
+        for t in range(part, n_tokens, n_threads):
+            rms_norm(x[t], last_norm, eps, x[t])
+
+
+# Between the products of a pass over many tokens
+
+
+@njit(cache=True, parallel=True)
+def add_and_norm(x: Any, y: Any, w: Any, eps: Any, h: Any) -> None:
+    """x += y (N, D); h = the norm of x, in the dtype of h."""
+    width = x.shape[1]
+    for t in prange(len(x)):
+        line = np.empty(width, np.float32)
+        for i in range(width):
+            x[t, i] += wide(y[t, i])
+        rms_norm(x[t], w, eps, line)
+        for i in range(width):
+            h[t, i] = narrow(line[i], h)
+
+
+@njit(cache=True, parallel=True)
+def heads_of(
+    mixed: Any,
+    bias: Any,
+    head_norms: Any,
+    eps: Any,
+    cos: Any,
+    sin: Any,
+    turns: bool,
+    keys: Any,
+    values: Any,
+    tables: Any,
+    rows: Any,
+    positions: Any,
+    q: Any,
+) -> None:
+    """Queries q (N, H, E) float32 out of mixed (N, (H + 2 G) E); keys and values go into the cache."""
+    n_groups, n_heads, e = keys.shape[1], q.shape[1], q.shape[2]
+    heads = n_heads // n_groups
+    for t in prange(len(mixed)):
+        line = np.empty(mixed.shape[1], np.float32)
+        for i in range(len(line)):
+            line[i] = wide(mixed[t, i])
+        for i in range(len(bias)):
+            line[i] += bias[i]
+        block, slot = tables[rows[t], positions[t] // POSITIONS], positions[t] % POSITIONS
+        for group in range(n_groups):
+            k, v = keys[block, group], values[block, group]
+            turn_and_write(line, group, heads, head_norms, eps, cos[t], sin[t], turns, k, v, slot)
+        for head in range(n_heads):
+            for i in range(e):
+                q[t, head, i] = line[head * e + i]
+
+
+@njit(cache=True, parallel=True)
+def gated(gate_up: Any, inner: Any, parts: int) -> None:
+    """inner (N, F) = silu(gate) · up of gate_up (N, 2 F), in `parts` parallel parts."""
+    n, ffn = inner.shape
+    for part in prange(parts):
+        begin, end = part * ffn // parts, (part + 1) * ffn // parts
+        for t in range(n):
+            for i in range(begin, end):
+                inner[t, i] = narrow(silu(wide(gate_up[t, i])) * wide(gate_up[t, ffn + i]), inner)

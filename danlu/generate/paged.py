@@ -1,0 +1,188 @@
+"""The key-value cache in blocks, and attention over it for a row of tokens of many sequences."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from danlu.generate import kernels
+from danlu.generate.blocks import Piece
+from danlu.generate.kernels import POSITIONS
+from danlu.model.attention import BLOCK, Block, Scores, alibi, block_probabilities
+from danlu.model.config import ModelConfig
+from danlu.model.positions import alibi_slopes
+
+SHORT = 8
+"""Most tokens of a piece whose attention the processor's kernel computes; longer ones are matrix products."""
+
+
+class PagedCache:
+    """Keys (L, blocks, G, E, P) and values (L, blocks, G, P, E) of all sequences; P tokens in a block."""
+
+    def __init__(
+        self, config: ModelConfig, n_blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        shape = (config.n_layers, n_blocks, config.n_kv_heads)
+        self.keys = torch.zeros(*shape, config.head_width, POSITIONS, dtype=dtype, device=device)
+        self.values = torch.zeros(*shape, POSITIONS, config.head_width, dtype=dtype, device=device)
+        self.dtype = dtype
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks, in order: from, to."""
+        for old, new in pairs:
+            self.keys[:, new] = self.keys[:, old]
+            self.values[:, new] = self.values[:, old]
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Both as numpy arrays; bfloat16 as uint16."""
+        return as_array(self.keys), as_array(self.values)
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The same memory; bfloat16 as uint16."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.detach().numpy()
+
+
+def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
+    return 2 * config.n_layers * config.n_kv_heads * config.head_width * POSITIONS * dtype.itemsize
+
+
+class Step:
+    """One pass of the model over pieces of several sequences, one after the other in one row.
+
+    It is the `cache` of `Transformer.hidden`. `exact`: every sum in one order, whatever else is in the step.
+    """
+
+    def __init__(self, cache: PagedCache, pieces: Sequence[Piece], exact: bool = False) -> None:
+        self.cache, self.pieces = cache, pieces
+        counts = np.array([len(piece.tokens) for piece in pieces])
+        self.ends = counts.cumsum()
+        self.rows = np.repeat(np.arange(len(pieces), dtype=np.int32), counts)
+        within = np.arange(len(self.rows)) - np.repeat(self.ends - counts, counts)
+        self.positions = within + np.repeat(np.array([piece.begin for piece in pieces]), counts)
+        longest = max(len(piece.blocks) for piece in pieces)
+        self.tables = np.zeros((len(pieces), longest), np.int32)
+        for row, piece in enumerate(pieces):
+            self.tables[row, : len(piece.blocks)] = piece.blocks
+        self.blocks = self.tables[self.rows, self.positions // POSITIONS]
+        self.slots = self.positions % POSITIONS
+        short = [exact or len(piece.tokens) <= SHORT for piece in pieces]
+        self.short = np.flatnonzero(np.repeat(short, counts))
+        self.long = [number for number, is_short in enumerate(short) if not is_short]
+        self.device = cache.keys.device
+
+    def next_positions(self, n_tokens: int) -> Tensor:
+        """(1, N), as `KVCache.next_positions`."""
+        return torch.from_numpy(self.positions)[None].to(self.device)
+
+    def advance(self, n_tokens: int) -> None:
+        """The tables count what they hold."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scores: Scores
+    ) -> Tensor:
+        """Writes k, v (1, G, N, E) and returns the attention of q (1, H, N, E): (1, N, H, E)."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        blocks, slots = self._places
+        keys[blocks, :, :, slots] = k[0].transpose(0, 1).to(keys.dtype)
+        values[blocks, :, slots] = v[0].transpose(0, 1).to(values.dtype)
+        return self.read(layer, q[0].transpose(0, 1), scores, q.dtype)[None]
+
+    def read(self, layer: int, q: Tensor, scores: Scores, dtype: torch.dtype) -> Tensor:
+        """The attention of q (N, H, E) over what the cache holds: (N, H, E) in `dtype`."""
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+        if len(self.short):
+            self._read_short(layer, q, scores, out)
+        for number in self.long:
+            self._read_long(number, layer, q, scores, out)
+        return out
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        blocks, slots = torch.from_numpy(self.blocks), torch.from_numpy(self.slots)
+        return blocks.long().to(self.device), slots.to(self.device)
+
+    def _read_short(self, layer: int, q: Tensor, scores: Scores, out: Tensor) -> None:
+        """The tokens of all short pieces together."""
+        if self.device.type != "cpu":
+            self._gathered(layer, q, scores, out)
+            return
+        keys, values = self.cache.arrays
+        everything = len(self.short) == len(self.rows)
+        mine: Any = slice(None) if everything else torch.from_numpy(self.short)
+        queries = q[mine].float().contiguous().numpy()
+        found = np.empty_like(queries)
+        kernels.attend(
+            queries,
+            keys[layer],
+            values[layer],
+            self.tables,
+            self.rows[self.short],
+            self.positions[self.short],
+            scores.window,
+            np.float32(scores.scale),
+            np.float32(scores.softcap),
+            alibi_slopes(q.shape[1]).numpy() if scores.alibi else np.zeros(0, np.float32),
+            found,
+        )
+        out[mine] = torch.from_numpy(found).to(out.dtype)
+
+    def _read_long(self, number: int, layer: int, q: Tensor, scores: Scores, out: Tensor) -> None:
+        """One piece, by blocks of queries."""
+        piece, end = self.pieces[number], int(self.ends[number])
+        begin, total = end - len(piece.tokens), piece.begin + len(piece.tokens)
+        first = max(0, piece.begin + 1 - scores.window) // POSITIONS if scores.window else 0
+        table = torch.tensor(piece.blocks[first : -(-total // POSITIONS)], device=self.device)
+        shift = first * POSITIONS
+        k = self.cache.keys[layer][table].permute(1, 0, 3, 2).flatten(1, 2)[:, : total - shift]
+        v = self.cache.values[layer][table].permute(1, 0, 2, 3).flatten(1, 2)[:, : total - shift]
+        k, v = k.to(out.dtype), v.to(out.dtype)
+        for at in range(begin, end, BLOCK):
+            rows = q[at : min(at + BLOCK, end)].transpose(0, 1).to(out.dtype) * scores.scale
+            n_rows = rows.shape[1]
+            last = piece.begin - shift + at - begin + n_rows
+            low = max(0, last - n_rows + 1 - scores.window) if scores.window else 0
+            index = torch.arange(last - n_rows, last, device=self.device)[:, None]
+            seen = torch.arange(low, last, device=self.device)
+            hidden = index < seen
+            if scores.window:
+                hidden |= seen <= index - scores.window
+            mask = torch.zeros(hidden.shape, dtype=out.dtype, device=self.device)
+            block = Block(last - n_rows, last, low, mask.masked_fill_(hidden, -math.inf)[None, None])
+            p, _ = block_probabilities(rows.reshape(len(k), -1, q.shape[2]), k, block, 1, scores)
+            y = p @ v[:, low:last]
+            out[at : at + n_rows] = y.view(q.shape[1], n_rows, -1).transpose(0, 1)
+
+    def _gathered(self, layer: int, q: Tensor, scores: Scores, out: Tensor) -> None:
+        """As the kernel, by PyTorch: each short piece's keys gathered into a row of a batch."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        index, rows, positions = self._short_tensors
+        tables = torch.from_numpy(self.tables).long().to(self.device)[rows]
+        k = keys[tables].permute(0, 2, 1, 4, 3).flatten(2, 3).to(out.dtype)  # (N, G, S, E)
+        v = values[tables].permute(0, 2, 1, 3, 4).flatten(2, 3).to(out.dtype)
+        queries = q[index].to(out.dtype)
+        slots = torch.arange(k.shape[2], device=self.device)
+        hidden = slots > positions[:, None]
+        if scores.window:
+            hidden |= slots <= positions[:, None] - scores.window
+        grouped = queries.view(len(queries), k.shape[1], -1, k.shape[3]) * scores.scale
+        s = (grouped @ k.mT).float().flatten(1, 2)
+        if scores.softcap:
+            s = (s / scores.softcap).tanh() * scores.softcap
+        if scores.alibi:
+            s = s + alibi(q.shape[1], positions, slots).transpose(0, 1)
+        p = s.masked_fill(hidden[:, None], -math.inf).softmax(-1).to(out.dtype)
+        out[index] = (p.view(*grouped.shape[:3], -1) @ v).flatten(1, 2)
+
+    @cached_property
+    def _short_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.from_numpy(self.short)
+        rows, positions = torch.from_numpy(self.rows).long(), torch.from_numpy(self.positions)
+        return index.to(self.device), rows[index].to(self.device), positions[index].to(self.device)
