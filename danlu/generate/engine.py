@@ -272,7 +272,7 @@ class Request:
         self.is_reply = is_reply
         tokenizer = engine.tokenizer
         self.stops = set(tokenizer.stop_ids if params.stop_ids is None else params.stop_ids)
-        self.room = min(params.max_tokens, engine.model.config.max_positions - len(ids))
+        self.room = min(params.max_tokens, engine.model.config.max_positions - len(ids) + 1)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begins = is_reply and tokenizer.drops_first_blank
 

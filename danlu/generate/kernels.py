@@ -19,8 +19,10 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
-POSITIONS = 16
-"""In a block of the cache: the lanes of a vector."""
+from danlu.generate.vectors import LANES, add_rows, dots1, dots2, dots4
+
+POSITIONS = LANES
+"""In a block of the cache: a vector of them."""
 
 # Sums may be taken in the order of a vector's lanes; NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -101,55 +103,40 @@ def silu(x: Any) -> Any:
 # Products
 
 
-def dot(w: Any, scale: Any, row: int, x: Any, n: int) -> Any:
-    """Row `row` of the matrix times x (n,)."""
-    raise NotImplementedError
+ROWS = 8
+"""Of a matrix, that stay in the nearest cache while all tokens are multiplied with them."""
 
 
-@overload(dot, strict=False, jit_options={"fastmath": FAST})
-def _dot(w: Any, scale: Any, row: Any, x: Any, n: Any) -> Callable[..., Any]:
-    if w.dtype == types.uint8:  # two 4-bit numbers in a byte, a scale for 32: see `pack`
-
-        def four_bits(w: Any, scale: Any, row: int, x: Any, n: int) -> Any:
-            total = np.float32(0)
-            for group in range(n // 32):
-                low, high = np.float32(0), np.float32(0)
-                for i in range(16):
-                    byte = w[row, group * 16 + i]
-                    low += np.float32(np.int32(byte & np.uint8(15)) - np.int32(8)) * x[group * 32 + i]
-                    high += np.float32(np.int32(byte >> np.uint8(4)) - np.int32(8)) * x[group * 32 + 16 + i]
-                total += wide(scale[row, group]) * (low + high)
-            return total
-
-        return four_bits
-
-    if w.dtype == types.int8:
-
-        def eight_bits(w: Any, scale: Any, row: int, x: Any, n: int) -> Any:
-            total = np.float32(0)
-            for i in range(n):
-                total += np.float32(w[row, i]) * x[i]
-            return total * wide(scale[row, 0])
-
-        return eight_bits
-
-    def plain(w: Any, scale: Any, row: int, x: Any, n: int) -> Any:
-        total = np.float32(0)
-        for i in range(n):
-            total += wide(w[row, i]) * x[i]
-        return total
-
-    return plain
+@register_jitable
+def times_rows(w: Any, factors: Any, begin: int, end: int, x: Any, y: Any) -> None:
+    """y (N, rows)[:, begin:end] = x (N, D) times these rows; a number's bits are the same for every N."""
+    n, width = x.shape
+    rest = width & (LANES - 1)  # numbers that fill no vector; of 4 bits there are none
+    for low in range(begin, end, ROWS):
+        high = min(low + ROWS, end)
+        for t in range(0, n - 3, 4):
+            for row in range(low, high):
+                dots4(w, factors, row, x, t, y)
+        if n & 2:
+            for row in range(low, high):
+                dots2(w, factors, row, x, n & ~3, y)
+        if n & 1:
+            for row in range(low, high):
+                dots1(w, factors, row, x, n - 1, y)
+        if rest:
+            for row in range(low, high):
+                factor = factors[row, 0] if factors.shape[0] > 1 else np.float32(1)
+                for t in range(n):
+                    for i in range(width - rest, width):
+                        y[t, row] += wide(w[row, i]) * factor * x[t, i]
 
 
 @njit(cache=True, parallel=True)
-def product(w: Any, scale: Any, x: Any, y: Any, parts: int) -> None:
-    """y (N, rows) = x (N, D) Wᵀ, in `parts` parallel parts. A number's sum is the same for every N."""
-    n_rows, n = w.shape[0], x.shape[1]
+def product(w: Any, factors: Any, x: Any, y: Any, parts: int) -> None:
+    """y (N, rows) = x (N, D) Wᵀ, in `parts` parallel parts."""
+    n_rows = len(w)
     for part in prange(parts):
-        for row in range(part * n_rows // parts, (part + 1) * n_rows // parts):
-            for t in range(len(x)):
-                y[t, row] = dot(w, scale, row, x[t], n)
+        times_rows(w, factors, part * n_rows // parts, (part + 1) * n_rows // parts, x, y)
 
 
 # Attention
@@ -165,67 +152,48 @@ def attend_one(
     first: int,
     scale: Any,
     softcap: Any,
-    slopes: Any,
+    slope: Any,
     group: int,
     scores: Any,
     out: Any,
 ) -> None:
-    """One token's query heads (heads, E) of one key-value head `group`, over the positions first … last.
+    """One head q (E,) of one token over the positions first … last of key-value head `group`.
 
-    `scores` (heads, ≥ positions) is scratch; `slopes` (heads,): ALiBi's, or none. Writes out (heads, E).
+    `scores` (≥ positions,) is scratch; `slope`: ALiBi's, 0 = none. Writes out (E,).
     """
-    heads, e = q.shape
+    e = len(q)
     begin, end = first // POSITIONS, last // POSITIONS + 1
+    n, skipped, seen = (end - begin) * POSITIONS, first - begin * POSITIONS, last + 1 - begin * POSITIONS
+    scores[:n] = 0
     for b in range(begin, end):
-        k = keys[table[b], group]
         at = (b - begin) * POSITIONS
-        for h in range(heads):
-            for j in range(POSITIONS):
-                scores[h, at + j] = 0
-        for i in range(e):
-            for h in range(heads):
-                for j in range(POSITIONS):
-                    scores[h, at + j] += q[h, i] * wide(k[i, j])
-    base = begin * POSITIONS
-    n = (end - begin) * POSITIONS
-    for h in range(heads):
-        top = np.float32(-np.inf)
+        add_rows(q, keys[table[b], group], e, scores[at : at + POSITIONS])
+    if softcap > 0:
         for j in range(n):
-            s = scores[h, j] * scale
-            if softcap > 0:
-                s = np.float32(math.tanh(s / softcap)) * softcap
-            if len(slopes) > 0:
-                s -= slopes[h] * np.float32(last - base - j)
-            scores[h, j] = s
-        for j in range(first - base):
-            scores[h, j] = -np.inf
-        for j in range(last + 1 - base, n):
-            scores[h, j] = -np.inf
+            scores[j] = np.float32(math.tanh(scores[j] * scale / softcap)) * softcap
+    else:
         for j in range(n):
-            top = max(top, scores[h, j])
-        total = np.float32(0)
+            scores[j] *= scale
+    if slope > 0:
         for j in range(n):
-            p = exp(scores[h, j] - top)
-            scores[h, j] = p
-        for j in range(first - base):
-            scores[h, j] = 0
-        for j in range(last + 1 - base, n):
-            scores[h, j] = 0
-        for j in range(n):
-            total += scores[h, j]
-        for j in range(n):
-            scores[h, j] /= total
-        for i in range(e):
-            out[h, i] = 0
+            scores[j] -= slope * np.float32(seen - 1 - j)
+    top = np.float32(-np.inf)
+    for j in range(skipped, seen):
+        top = max(top, scores[j])
+    for j in range(n):
+        scores[j] = exp(scores[j] - top)
+    # What lies before the window doesn't count; what lies behind the last token was never written.
+    scores[:skipped] = 0
+    total = np.float32(0)
+    for j in range(seen):
+        total += scores[j]
+    factor = np.float32(1) / total
+    out[:] = 0
     for b in range(begin, end):
-        v = values[table[b], group]
         at = (b - begin) * POSITIONS
-        # What lies behind the last token was never written: its probability is 0, but its value may be NaN.
-        for j in range(min(POSITIONS, last + 1 - b * POSITIONS)):
-            for h in range(heads):
-                p = scores[h, at + j]
-                for i in range(e):
-                    out[h, i] += p * wide(v[j, i])
+        add_rows(scores[at : at + POSITIONS], values[table[b], group], min(POSITIONS, seen - at), out)
+    for i in range(e):
+        out[i] *= factor
 
 
 @njit(cache=True, parallel=True)
@@ -245,18 +213,16 @@ def attend(
     """Attention of q (N, H, E) float32 over a paged cache.
 
     tables (sequences, blocks) int32; rows (N,): each token's sequence; positions (N,). A query sees the
-    positions up to its own, `window` of them (0 = all). Writes out (N, H, E) float32.
+    positions up to its own, `window` of them (0 = all). slopes (H,) or none. Writes out (N, H, E) float32.
     """
-    n_groups = keys.shape[1]
-    heads = q.shape[1] // n_groups
-    for task in prange(len(q) * n_groups):
-        t, group = task // n_groups, task % n_groups
+    n_heads = q.shape[1]
+    heads = n_heads // keys.shape[1]
+    for task in prange(len(q) * n_heads):
+        t, head = task // n_heads, task % n_heads
         last = positions[t]
         first = max(0, last + 1 - window) if window else 0
-        mine = slice(group * heads, (group + 1) * heads)
-        scores = np.empty((heads, last - first + 2 * POSITIONS), np.float32)
         attend_one(
-            q[t, mine],
+            q[t, head],
             keys,
             values,
             tables[rows[t]],
@@ -264,10 +230,10 @@ def attend(
             first,
             scale,
             softcap,
-            slopes[mine] if len(slopes) else slopes,
-            group,
-            scores,
-            out[t, mine],
+            slopes[head] if len(slopes) else np.float32(0),
+            head // heads,
+            np.empty(last - first + 2 * POSITIONS, np.float32),
+            out[t, head],
         )
 
 
@@ -422,26 +388,31 @@ def decode(
     h = np.empty((n_tokens, width), np.float32)
     mixed = np.empty((n_tokens, qkv.shape[1]), np.float32)
     read = np.empty((n_tokens, q_width), np.float32)
+    both = np.empty((n_tokens, 2 * ffn), np.float32)
     inner = np.empty((n_tokens, ffn), np.float32)
-    none = np.empty(0, np.float32)
+    added = np.zeros((n_tokens, width), np.float32)
+    n_rows = qkv.shape[1]
     zero = np.float32(0)
     for part in prange(n_threads):
         target = 0
         longest = 0
         for t in range(n_tokens):
             longest = max(longest, positions[t])
-        scores = np.empty((heads, longest + 2 * POSITIONS), np.float32)
+        scores = np.empty(longest + 2 * POSITIONS, np.float32)
         for layer in range(n_layers):
             for t in range(part, n_tokens, n_threads):
+                for i in range(width):
+                    x[t, i] += added[t, i]
                 rms_norm(x[t], norms[layer, 0], eps, h[t])
             target += n_threads
             wait_for_all(counter, target)
 
-            n_rows = qkv.shape[1]
-            for row in range(part * n_rows // n_threads, (part + 1) * n_rows // n_threads):
+            begin, end = part * n_rows // n_threads, (part + 1) * n_rows // n_threads
+            times_rows(qkv[layer], qkv_scale[layer], begin, end, h, mixed)
+            if qkv_bias.shape[1]:
                 for t in range(n_tokens):
-                    y = dot(qkv[layer], qkv_scale[layer], row, h[t], width)
-                    mixed[t, row] = y + qkv_bias[layer, row] if qkv_bias.shape[1] else y
+                    for row in range(begin, end):
+                        mixed[t, row] += qkv_bias[layer, row]
             target += n_threads
             wait_for_all(counter, target)
 
@@ -464,54 +435,55 @@ def decode(
             target += n_threads
             wait_for_all(counter, target)
 
-            for task in range(part, n_tokens * n_groups, n_threads):
-                t, group = task // n_groups, task % n_groups
+            for task in range(part, n_tokens * n_groups * heads, n_threads):
+                t, head = task // (n_groups * heads), task % (n_groups * heads)
                 last = positions[t]
-                first = max(0, last + 1 - windows[layer]) if windows[layer] else 0
-                begin, end = group * heads * e, (group + 1) * heads * e
                 attend_one(
-                    mixed[t, begin:end].reshape(heads, e),
+                    mixed[t, head * e : (head + 1) * e],
                     keys[layer],
                     values[layer],
                     tables[rows[t]],
                     last,
-                    first,
+                    max(0, last + 1 - windows[layer]) if windows[layer] else 0,
                     scale,
                     zero,
-                    none,
-                    group,
+                    zero,
+                    head // heads,
                     scores,
-                    read[t, begin:end].reshape(heads, e),
+                    read[t, head * e : (head + 1) * e],
                 )
             target += n_threads
             wait_for_all(counter, target)
 
-            for row in range(part * width // n_threads, (part + 1) * width // n_threads):
-                for t in range(n_tokens):
-                    x[t, row] += dot(out[layer], out_scale[layer], row, read[t], q_width)
+            begin, end = part * width // n_threads, (part + 1) * width // n_threads
+            times_rows(out[layer], out_scale[layer], begin, end, read, added)
             target += n_threads
             wait_for_all(counter, target)
 
             for t in range(part, n_tokens, n_threads):
+                for i in range(width):
+                    x[t, i] += added[t, i]
                 rms_norm(x[t], norms[layer, 1], eps, h[t])
             target += n_threads
             wait_for_all(counter, target)
 
-            for row in range(part * ffn // n_threads, (part + 1) * ffn // n_threads):
-                for t in range(n_tokens):
-                    gate = dot(gate_up[layer], gate_up_scale[layer], row, h[t], width)
-                    up = dot(gate_up[layer], gate_up_scale[layer], row + ffn, h[t], width)
-                    inner[t, row] = silu(gate) * up
+            begin, end = part * ffn // n_threads, (part + 1) * ffn // n_threads
+            times_rows(gate_up[layer], gate_up_scale[layer], begin, end, h, both)
+            times_rows(gate_up[layer], gate_up_scale[layer], ffn + begin, ffn + end, h, both)
+            for t in range(n_tokens):
+                for i in range(begin, end):
+                    inner[t, i] = silu(both[t, i]) * both[t, ffn + i]
             target += n_threads
             wait_for_all(counter, target)
 
-            for row in range(part * width // n_threads, (part + 1) * width // n_threads):
-                for t in range(n_tokens):
-                    x[t, row] += dot(down[layer], down_scale[layer], row, inner[t], ffn)
+            begin, end = part * width // n_threads, (part + 1) * width // n_threads
+            times_rows(down[layer], down_scale[layer], begin, end, inner, added)
             target += n_threads
             wait_for_all(counter, target)
 
         for t in range(part, n_tokens, n_threads):
+            for i in range(width):
+                x[t, i] += added[t, i]
             rms_norm(x[t], last_norm, eps, x[t])
 
 

@@ -1,0 +1,218 @@
+"""Vector instructions for numba: sixteen numbers at a time, in an order of sums that is written down here.
+
+LLVM turns a vector of sixteen floats into whatever the processor has. What numba's own loops are compiled to
+hangs on what stands around them; these are the same wherever they are called, so that a sum's bits are too.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+UNROLL = 4
+"""Sums that run side by side: an addition takes several cycles."""
+
+FLOAT, INT, WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+
+
+def _at(builder: ir.IRBuilder, array: Any, kind: ir.Type, index: Any) -> Any:
+    """The address of a number of a contiguous array."""
+    return builder.gep(array.data, [index], source_etype=kind)
+
+
+def _load(builder: ir.IRBuilder, address: Any, kind: ir.Type, size: int) -> Any:
+    return builder.load(address, align=size, typ=ir.VectorType(kind, LANES))
+
+
+def _splat(builder: ir.IRBuilder, value: Any, vector: ir.VectorType = FLOATS) -> Any:
+    """A number in all lanes."""
+    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(INT, 0))
+    return builder.shuffle_vector(single, single, ir.Constant(INTS, [0] * LANES))
+
+
+def _multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+
+def _wide(builder: ir.IRBuilder, array: Any, dtype: Any, index: Any) -> Any:
+    """Sixteen numbers as float32; uint16 holds bfloat16."""
+    if dtype == types.float32:
+        return _load(builder, _at(builder, array, FLOAT, index), FLOAT, 4)
+    if dtype == types.uint16:
+        kind = ir.IntType(16)
+        bits = builder.zext(_load(builder, _at(builder, array, kind, index), kind, 2), INTS)
+        return builder.bitcast(builder.shl(bits, ir.Constant(INTS, [16] * LANES)), FLOATS)
+    assert dtype == types.int8, dtype
+    kind = ir.IntType(8)
+    return builder.sitofp(
+        builder.sext(_load(builder, _at(builder, array, kind, index), kind, 1), INTS), FLOATS
+    )
+
+
+def _halves(builder: ir.IRBuilder, array: Any, index: Any) -> tuple[Any, Any]:
+    """Sixteen bytes with two numbers of 4 bits each, less 8: the low halves and the high ones."""
+    kind = ir.IntType(8)
+    data = builder.zext(_load(builder, _at(builder, array, kind, index), kind, 1), INTS)
+    eight = ir.Constant(INTS, [8] * LANES)
+    low = builder.and_(data, ir.Constant(INTS, [15] * LANES))
+    high = builder.lshr(data, ir.Constant(INTS, [4] * LANES))
+    return tuple(builder.sitofp(builder.sub(half, eight), FLOATS) for half in (low, high))
+
+
+def _sum_of_lanes(builder: ir.IRBuilder, vector: Any) -> Any:
+    """Halves added, until one is left."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        half = ir.VectorType(INT, width)
+        low, high = (ir.Constant(half, [*range(begin, begin + width)]) for begin in (0, width))
+        vector = builder.fadd(
+            builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high)
+        )
+    return builder.extract_element(vector, ir.Constant(INT, 0))
+
+
+def _word(value: int) -> ir.Constant:
+    return ir.Constant(WORD, value)
+
+
+class _Sums:
+    """Vectors that are summed into, in registers once LLVM has seen that nobody takes their address."""
+
+    def __init__(self, builder: ir.IRBuilder, count: int) -> None:
+        self.builder = builder
+        self.places = [cgutils.alloca_once(builder, FLOATS) for _ in range(count)]
+        for place in self.places:
+            builder.store(ir.Constant(FLOATS, [0.0] * LANES), place)
+
+    def add(self, number: int, a: Any, b: Any) -> None:
+        place = self.places[number]
+        self.builder.store(_multiply_add(self.builder, a, b, self.builder.load(place)), place)
+
+    def total(self, numbers: range) -> Any:
+        first, *others = (self.builder.load(self.places[number]) for number in numbers)
+        for other in others:
+            first = self.builder.fadd(first, other)
+        return first
+
+
+def _arrays(context: Any, builder: Any, signature: Any, arguments: Any) -> list[Any]:
+    """Arguments, arrays among them opened."""
+    return [
+        context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else value
+        for kind, value in zip(signature.args, arguments, strict=True)
+    ]
+
+
+def _dots(n_tokens: int) -> Any:
+    """dots(w, factors, row, x, t, y): y[t + i, row] = w[row] · x[t + i] for the next `n_tokens` rows i of x.
+
+    w (rows, D) of float32, bfloat16, int8 or, two in a byte, 4 bits; factors (rows, 1 or D / 32). Of plain
+    numbers only the first multiple of 16 are summed.
+    """
+
+    def typing(_: Any, w: Any, factors: Any, row: Any, x: Any, t: Any, y: Any) -> Any:
+        packed = w.dtype == types.uint8
+
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            w_, factors_, row_, x_, t_, y_ = _arrays(context, builder, signature, arguments)
+            width = cgutils.unpack_tuple(builder, x_.shape)[1]
+            bytes_ = cgutils.unpack_tuple(builder, w_.shape)[1]
+            groups = cgutils.unpack_tuple(builder, factors_.shape)[1]
+            n_rows = cgutils.unpack_tuple(builder, y_.shape)[1]
+            line = builder.mul(row_, bytes_)
+            sums = _Sums(builder, n_tokens * UNROLL)
+
+            def column(index: Any, value: Any, unroll: int) -> None:
+                for i in range(n_tokens):
+                    at = builder.add(builder.mul(builder.add(t_, _word(i)), width), index)
+                    sums.add(i * UNROLL + unroll, value, _wide(builder, x_, types.float32, at))
+
+            def vectors(begin: Any, count: int) -> None:
+                """`count` vectors of the row, from number `begin` on."""
+                for unroll in range(count):
+                    index = builder.mul(builder.add(begin, _word(unroll)), _word(LANES))
+                    column(index, _wide(builder, w_, w.dtype, builder.add(line, index)), unroll)
+
+            def group(number: Any, unroll: int) -> None:
+                """The 32 numbers of a group of 4 bits."""
+                at = builder.add(line, builder.mul(number, _word(LANES)))
+                place = builder.add(builder.mul(row_, groups), number)
+                factor = _splat(builder, builder.load(_at(builder, factors_, FLOAT, place), typ=FLOAT))
+                for half, codes in enumerate(_halves(builder, w_, at)):
+                    index = builder.mul(builder.add(builder.mul(number, _word(2)), _word(half)), _word(LANES))
+                    column(index, builder.fmul(codes, factor), unroll + half)
+
+            if packed:
+                with cgutils.for_range(builder, builder.sdiv(groups, _word(2))) as loop:
+                    first = builder.mul(loop.index, _word(2))
+                    group(first, 0)
+                    group(builder.add(first, _word(1)), 2)
+                odd = builder.icmp_signed("!=", builder.srem(groups, _word(2)), _word(0))
+                with builder.if_then(odd):
+                    group(builder.sub(groups, _word(1)), 0)
+            else:
+                n_vectors = builder.sdiv(width, _word(LANES))
+                whole = builder.sdiv(n_vectors, _word(UNROLL))
+                with cgutils.for_range(builder, whole) as loop:
+                    vectors(builder.mul(loop.index, _word(UNROLL)), UNROLL)
+                done = builder.mul(whole, _word(UNROLL))
+                with cgutils.for_range(builder, builder.sub(n_vectors, done)) as loop:
+                    vectors(builder.add(done, loop.index), 1)
+            for i in range(n_tokens):
+                total = _sum_of_lanes(builder, sums.total(range(i * UNROLL, (i + 1) * UNROLL)))
+                if w.dtype == types.int8:
+                    total = builder.fmul(total, builder.load(_at(builder, factors_, FLOAT, row_), typ=FLOAT))
+                place = builder.add(builder.mul(builder.add(t_, _word(i)), n_rows), row_)
+                builder.store(total, _at(builder, y_, FLOAT, place))
+            return context.get_dummy_value()
+
+        return types.void(w, factors, types.int64, x, types.int64, y), build
+
+    return typing
+
+
+def _product_of_rows() -> Callable[..., Any]:
+    """add_rows(a, m, n, y): y (16 C,) += Σ a[k] · m[k] over the first n rows k of m (K, 16 C)."""
+
+    def typing(_: Any, a: Any, m: Any, n: Any, y: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            a_, m_, n_, y_ = _arrays(context, builder, signature, arguments)
+            width = cgutils.unpack_tuple(builder, m_.shape)[1]
+            with cgutils.for_range(builder, builder.sdiv(width, _word(LANES))) as chunk:
+                column = builder.mul(chunk.index, _word(LANES))
+                sums = _Sums(builder, UNROLL)
+
+                def row(number: Any, unroll: int, column: Any = column, sums: _Sums = sums) -> None:
+                    factor = builder.load(_at(builder, a_, FLOAT, number), typ=FLOAT)
+                    at = builder.add(builder.mul(number, width), column)
+                    sums.add(unroll, _splat(builder, factor), _wide(builder, m_, m.dtype, at))
+
+                whole = builder.sdiv(n_, _word(UNROLL))
+                with cgutils.for_range(builder, whole) as loop:
+                    first = builder.mul(loop.index, _word(UNROLL))
+                    for unroll in range(UNROLL):
+                        row(builder.add(first, _word(unroll)), unroll)
+                done = builder.mul(whole, _word(UNROLL))
+                with cgutils.for_range(builder, builder.sub(n_, done)) as loop:
+                    row(builder.add(done, loop.index), 0)
+                total = sums.total(range(UNROLL))
+                place = _at(builder, y_, FLOAT, column)
+                total = builder.fadd(total, _load(builder, place, FLOAT, 4))
+                builder.store(total, builder.bitcast(place, FLOATS.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(a, m, types.int64, y), build
+
+    return typing
+
+
+dots1: Any = intrinsic(_dots(1))
+dots2: Any = intrinsic(_dots(2))
+dots4: Any = intrinsic(_dots(4))
+add_rows: Any = intrinsic(_product_of_rows())
