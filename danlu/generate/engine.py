@@ -1,7 +1,6 @@
 """The engine: prompts in, completions out, with a key-value cache. Every token in danlu comes from here."""
 
 import codecs
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import torch
 
 from danlu.core.errors import UserError
 from danlu.data.conversations import Messages
-from danlu.generate.sampling import SamplingParams, choose
+from danlu.generate.sampling import Row, SamplingParams, choose, process
 from danlu.model.cache import KVCache
 from danlu.model.transformer import Transformer
 from danlu.tokens.chat import render_prompt
@@ -98,16 +97,18 @@ class Engine:
         hidden = self.model.hidden(padded, cache=cache)
         cache.set_lengths([len(ids) for ids in prompts])
         logits = self.model.logits(hidden[torch.arange(len(prompts), device=device), last]).float()
-        generators = [_generator(params.seed, ids) for ids in prompts]
+        states = [Row(ids, params, self.tokenizer) for ids in prompts]
         rows = list(range(len(prompts)))
         for count in range(1, params.max_tokens + 1):
-            tokens = choose(logits, params, generators)
+            own = [params] * len(rows)
+            tokens = choose(process(logits, states, own), states, own)
             logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
             kept = []
             for index, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
                 if math.isnan(logprob):
                     raise UserError("the model's logits are not numbers", "take an earlier checkpoint")
-                done = token in stops
+                states[index].accept(token)
+                done = token in stops or states[index].complete
                 yield rows[index], token, logprob, done
                 if not done and cache.lengths[index] < room:
                     kept.append(index)
@@ -116,7 +117,7 @@ class Engine:
             if len(kept) < len(rows):
                 cache.select(kept)
                 rows = [rows[index] for index in kept]
-                generators = [generators[index] for index in kept]
+                states = [states[index] for index in kept]
                 tokens = tokens[kept]
             logits = self.model.logits(self.model.hidden(tokens[:, None], cache=cache)[:, -1]).float()
 
@@ -139,9 +140,3 @@ class Engine:
 
 def _is_chat(prompt: Prompt) -> bool:
     return len(prompt) > 0 and isinstance(prompt[0], dict)
-
-
-def _generator(seed: int, ids: list[int]) -> torch.Generator:
-    """Decided by seed and prompt: the draws don't depend on the rest of the batch, and differ by prompt."""
-    mixed = hashlib.blake2b(repr((seed, ids)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
