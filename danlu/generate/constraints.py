@@ -67,7 +67,7 @@ class Matcher:
 
 
 def compile_schema(schema: str) -> str:
-    """The grammar of a JSON schema (its text). Raises UserError for one that is invalid or can't be satisfied."""
+    """The grammar of a JSON schema, given as text. Raises UserError for one that can't be followed."""
     try:
         values = json.loads(schema)
     except ValueError as error:

@@ -32,9 +32,9 @@ from danlu.tokens.tokenizer import Tokenizer
 class SamplingParams:
     """What one request asks of its answer. Raises UserError for a number out of range.
 
-    `temperature`: 0 = greedy, and then what shapes a draw is left out (top_k … mirostat_tau). `stop_ids`: None =
-    the tokenizer's. `seed` decides the draws of one prompt whatever else is in the batch. Strategies that are
-    off by default are off at the value that changes nothing.
+    `temperature`: 0 = greedy, and then what shapes a draw is left out (top_k … mirostat_tau). `stop_ids`:
+    None = the tokenizer's. `seed` decides the draws of one prompt whatever else is in the batch. By default every
+    other strategy is off.
     """
 
     max_tokens: int = 200
@@ -101,13 +101,13 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not (low <= value <= high and math.isfinite(value)):
                 raise UserError(f"{name} is {value}", f"give {wanted}")
-        if wrong := [bias for _, bias in self.logit_bias if math.isnan(bias) or bias == math.inf]:
+        if wrong := [bias for bias in dict(self.logit_bias).values() if math.isnan(bias) or bias == math.inf]:
             raise UserError(f"logit_bias has the value {wrong[0]}", "give a number, or minus infinity")
         if "" in self.stop:
             raise UserError("stop has an empty text", "remove it")
         if self.schema is not None and self.regex is not None:
             raise UserError("schema and regex are both given", "give one of them")
-        self.grammar  # noqa: B018: an invalid one is refused at once
+        _ = self.grammar  # so that an invalid one is refused at once
 
     def _normalise(self) -> None:
         """One form of what may be given in several, so that params can be compared."""
@@ -151,7 +151,8 @@ class Row:
         self.generator = _generator(params.seed, prompt)
         self.mu = 2 * params.mirostat_tau
         """Mirostat's: the most surprise, in bits, that the next token may have."""
-        self.matcher = params.grammar and constraints.Matcher(tokenizer, params.grammar)
+        grammar = params.grammar
+        self.matcher = None if grammar is None else constraints.Matcher(tokenizer, grammar)
 
     @property
     def generated(self) -> list[int]:

@@ -1,9 +1,9 @@
 """Decoding strategies of one step: pure functions on logits.
 
 Shapes: logits (B, V) float32 → logits (B, V), what is ruled out at minus infinity. Numbers hold for all rows.
-`histories`: of each row its tokens so far as a (T,) tensor of ids below V, rows of any lengths. Each equals the
-processor of transformers with its name, except where its docstring says otherwise. All of them leave a token
-that is ruled out ruled out.
+`histories`: of each row its tokens so far as a (T,) tensor of ids below V, rows of any lengths. Each equals
+the processor of transformers with its name, except where its docstring says otherwise. What is ruled out
+already stays so.
 """
 
 import math
@@ -33,9 +33,9 @@ def logit_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
 
 
 def repetition_penalty(logits: Tensor, histories: Sequence[Tensor], penalty: float) -> Tensor:
-    """Divides the logits of tokens that were there by `penalty`, multiplies negative ones (Keskar et al. 2019).
+    """Divides the logits of tokens that were there by `penalty` (CTRL: Keskar et al. 2019).
 
-    The paper divides logits of either sign, which would raise negative ones.
+    Negative ones are multiplied; the paper divides them too, which makes such tokens likelier.
     """
     places = _places(histories, logits)
     values = logits.flatten()[places]
@@ -103,8 +103,8 @@ def guide(
     """Adds weight × score to log-probabilities: a classifier has its say in every token (Arora et al. 2022).
 
     DIRECTOR's p(token) · p(class | token)^weight, where the scorer gives log p(class | token); any other will
-    do. It is asked about the `candidates` most probable tokens (0 = all), and the others are ruled out: without
-    a score they can't be compared. Not in transformers. Raises UserError for scores of a wrong number or NaN.
+    do. It is asked about the `candidates` most probable tokens (0 = all), and the others are ruled out:
+    without a score they can't be compared. Not in transformers. Raises UserError for NaN, or too few scores.
     """
     logprobs = logits.log_softmax(dim=-1)
     count = min(candidates or logits.shape[-1], logits.shape[-1])
@@ -145,7 +145,7 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 def top_p(logits: Tensor, p: float) -> Tensor:
     """Nucleus (Holtzman et al. 2020): keeps the fewest tokens whose probabilities sum to at least p.
 
-    Of tokens that tie for the last place, those with the lower ids stay; transformers leaves that to its sort.
+    Of tokens that tie for the last place those with the lower ids stay; transformers leaves it to its sort.
     """
     if p >= 1:
         return logits
@@ -205,9 +205,9 @@ def eta_cutoff(logits: Tensor, epsilon: float) -> Tensor:
 
 
 def mirostat(logits: Tensor, mu: Tensor) -> Tensor:
-    """Mirostat 2.0 (Basu et al. 2021): keeps tokens whose surprise is at most mu bits, else the most probable.
+    """Mirostat 2.0 (Basu et al. 2021): keeps tokens of a surprise up to mu bits, else the most probable.
 
-    mu: (B, 1). What stays comes back as its log-probability before the cut (natural): `mirostat_mu` needs it.
+    mu: (B, 1). What stays comes back as its log-probability before the cut, which `mirostat_mu` needs.
     Not in transformers.
     """
     logprobs = logits.log_softmax(dim=-1)
@@ -235,7 +235,7 @@ def _keep(logits: Tensor, keys: Tensor, least: Tensor) -> Tensor:
 
 
 def _highest(logits: Tensor, k: int) -> Tensor:
-    """(B, k) the highest, from high to low. On a CPU by numpy: torch's topk and sort take many times as long."""
+    """(B, k) the highest, from high to low. On a CPU by numpy: torch's sort takes twenty times as long."""
     if logits.device.type != "cpu":
         return logits.topk(k, dim=-1).values
     values = logits.numpy()

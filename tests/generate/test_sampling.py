@@ -189,7 +189,9 @@ def test_a_scorer_guides_greedy_too_before_the_temperature(tokenizer: Tokenizer)
 
     logits = torch.zeros(1, V)
     logits[0, [10, 20, 30]] = torch.tensor([5.0, 4.0, 6.0])
-    params = SamplingParams(temperature=0, scorer=scorer, scorer_weight=1.5, scorer_candidates=2, banned=(30,))
+    params = SamplingParams(
+        temperature=0, scorer=scorer, scorer_weight=1.5, scorer_candidates=2, banned=(30,)
+    )
     row = Row([1, 2], params, tokenizer)
     assert next_tokens(logits, [row], [params]) == [20]
     row.accept(20)

@@ -178,7 +178,9 @@ def test_presence_and_frequency_are_openais_formula(
 RAGGED = [[3, 1, 3, 1], [2], [], [1, 1, 1, 1, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram"])
+@pytest.mark.parametrize(
+    "name", ["repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram"]
+)
 def test_rows_of_any_lengths_are_the_rows_alone(name: str) -> None:
     values = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     histories = [torch.tensor(ids, dtype=torch.long) for ids in RAGGED]
