@@ -71,6 +71,16 @@ def test_processed_logits_are_those_of_transformers_generate(
     assert row.n_generated >= 2
 
 
+def test_presence_and_frequency_are_of_the_answer_only(tokenizer: Tokenizer) -> None:
+    params = SamplingParams(temperature=0, presence_penalty=0.25, frequency_penalty=0.5)
+    row = Row([5, 5, 6], params, tokenizer)
+    for token in (7, 7, 6):
+        row.accept(token)
+    expected = torch.zeros(1, V)
+    expected[0, [6, 7]] = torch.tensor([-0.75, -1.25])
+    assert torch.equal(process(torch.zeros(1, V), [row], [params]), expected)
+
+
 def test_rows_with_params_of_their_own_are_the_rows_alone(tokenizer: Tokenizer) -> None:
     """Also their draws, whatever else is in the batch and in which order."""
     params = [SamplingParams(**({"seed": 3} | mine)) for mine, _ in MIXES]
