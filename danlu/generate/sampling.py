@@ -33,8 +33,8 @@ class SamplingParams:
     """What one request asks of its answer. Raises UserError for a number out of range.
 
     `temperature`: 0 = greedy, and then what shapes a draw is left out (top_k … mirostat_tau). `stop_ids`:
-    None = the tokenizer's. `seed` decides the draws of one prompt whatever else is in the batch. By default every
-    other strategy is off.
+    None = the tokenizer's. `seed` decides the draws of one prompt whatever else is in the batch. By default
+    every other strategy is off.
     """
 
     max_tokens: int = 200
