@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
-from danlu.generate.sampling import Row, choose
+from danlu.core.errors import UserError
+from danlu.generate.sampling import Row, RowError, choose, process
 
 
 @dataclass(frozen=True)
@@ -16,19 +18,30 @@ class Draw:
     logprob: float
     top: list[tuple[int, float]] = field(default_factory=list)
     """The most probable tokens with theirs, as many as were asked for."""
+    error: UserError | None = None
+    """Why there is none."""
 
 
 def draw(logits: Tensor, rows: Sequence[Row]) -> list[Draw]:
-    """A token for each row of logits (B, V); rows with equal parameters are drawn together."""
-    groups: dict[object, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(row.params, []).append(index)
-    tokens = [0] * len(rows)
-    for group in groups.values():
-        mine = logits if len(group) == len(rows) else logits[group]
-        chosen = choose(mine, rows[group[0]].params, [rows[index].generator for index in group])
-        for index, token in zip(group, chosen.tolist(), strict=True):
-            tokens[index] = token
+    """A token for each row of logits (B, V). What is wrong with one row is no matter of the others."""
+    try:
+        params = [row.params for row in rows]
+        tokens = choose(process(logits, rows, params), rows, params).tolist()
+    except RowError as error:
+        found = Draw(0, 0.0, error=error)
+        number = next(i for i, row in enumerate(rows) if row is error.row)
+        others = [i for i in range(len(rows)) if i != number]
+        drawn = draw(logits[others], [rows[i] for i in others]) if others else []
+        return [*drawn[:number], found, *drawn[number:]]
     totals = logits.logsumexp(1)
-    picked = logits[range(len(rows)), tokens] - totals
-    return [Draw(token, logprob) for token, logprob in zip(tokens, picked.tolist(), strict=True)]
+    logprobs = (logits[np.arange(len(rows)), tokens] - totals).tolist()
+    tops = [top_logprobs(logits[i] - totals[i], row.params.logprobs) for i, row in enumerate(rows)]
+    return [Draw(*found) for found in zip(tokens, logprobs, tops, strict=True)]
+
+
+def top_logprobs(logprobs: Tensor, n: int) -> list[tuple[int, float]]:
+    """The n most probable tokens of logprobs (V,)."""
+    if n == 0:
+        return []
+    values, ids = logprobs.topk(min(n, len(logprobs)))
+    return list(zip(ids.tolist(), values.tolist(), strict=True))

@@ -1,7 +1,6 @@
 """The engine: prompts in, completions out. Every token in danlu comes from here, and every likelihood."""
 
 import codecs
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from danlu.core.errors import UserError
 from danlu.core.host import memory_bytes
 from danlu.data.conversations import Messages
 from danlu.generate.blocks import Blocks, Tables
+from danlu.generate.draw import top_logprobs
 from danlu.generate.fast import FastRunner, runs_fast
 from danlu.generate.kernels import POSITIONS
 from danlu.generate.packed import Kind
@@ -46,6 +46,9 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     """Of each token the most probable ones with their log-probabilities, where asked for."""
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, where asked for."""
+    prompt_top: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -269,9 +272,8 @@ class Request:
     def __init__(self, engine: Engine, ids: list[int], params: SamplingParams, is_reply: bool) -> None:
         self.engine, self.ids, self.params = engine, ids, params
         self.completion = Completion()
-        self.is_reply = is_reply
         tokenizer = engine.tokenizer
-        self.stops = set(tokenizer.stop_ids if params.stop_ids is None else params.stop_ids)
+        self.row = Row(ids, params, tokenizer)
         self.room = min(params.max_tokens, engine.model.config.max_positions - len(ids) + 1)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begins = is_reply and tokenizer.drops_first_blank
@@ -297,9 +299,10 @@ class Request:
         seen = 0
         while True:
             text = self.completion.text
-            if len(text) > seen:
-                yield text[seen:]
-                seen = len(text)
+            ready = len(text) if self.job.done else len(text) - self._withheld()
+            if ready > seen:
+                yield text[seen:ready]
+                seen = ready
             if self.job.done:
                 break
             self.engine.step()
@@ -308,32 +311,72 @@ class Request:
 
     def program(self, sequences: Sequences) -> Program[Completion]:
         """Token by token until a stop, or until there is no room."""
-        completion = self.completion
-        row = Row(self.ids, self.params, generator=_generator(self.params.seed, self.ids))
+        completion, params = self.completion, self.params
         sequence = sequences.open()
         fed: Sequence[int] = self.ids
+        if params.prompt_logprobs is not None:
+            fed = yield from self._score_prompt(sequence)
         for _ in range(self.room):
-            output = yield [Feed(sequence, fed, row=row)]
-            assert output.draw is not None
-            token, logprob = output.draw.token, output.draw.logprob
-            if math.isnan(logprob):
+            output = yield [Feed(sequence, fed, row=self.row)]
+            drawn = output.draw
+            assert drawn is not None
+            if drawn.error is not None:
+                raise drawn.error
+            if math.isnan(drawn.logprob):
                 raise UserError("the model's logits are not numbers", "take an earlier checkpoint")
-            row.generated.append(token)
-            completion.ids.append(token)
-            completion.logprobs.append(logprob)
-            if token in self.stops:
+            self.row.accept(drawn.token)
+            completion.ids.append(drawn.token)
+            completion.logprobs.append(drawn.logprob)
+            completion.top.append(drawn.top)
+            if drawn.token in self.row.stop_ids:
                 completion.finish_reason = "stop"
                 break
-            self._append(self.engine.tokenizer.decode_bytes([token]))
-            fed = [token]
+            self._append(self.engine.tokenizer.decode_bytes([drawn.token]))
+            if self._stopped() or self.row.complete:
+                completion.finish_reason = "stop"
+                break
+            fed = [drawn.token]
         self._append(b"", final=True)
         return completion
+
+    def _score_prompt(self, sequence: int) -> Program[list[int]]:
+        """Log-probabilities of the prompt's tokens but the first; returns what is still to be read."""
+        *before, last = self.ids
+        if before:
+            n = self.params.prompt_logprobs or 0
+            output = yield [Feed(sequence, before, every=True)]
+            assert output.logits is not None
+            logprobs = output.logits.log_softmax(1)
+            chosen = logprobs.gather(1, torch.tensor(self.ids[1:], device=logprobs.device)[:, None])
+            self.completion.prompt_logprobs = chosen[:, 0].tolist()
+            self.completion.prompt_top = [top_logprobs(line, n) for line in logprobs]
+        return [last]
 
     def _append(self, data: bytes, final: bool = False) -> None:
         """The text of an answer: behind a text it begins with a blank where a word does; a reply does not."""
         if piece := self._decoder.decode(data, final):
             self.completion.text += piece.removeprefix(" ") if self._begins else piece
             self._begins = False
+
+    def _stopped(self) -> bool:
+        """Cuts the text at the first stop string, once min_tokens are there."""
+        if len(self.completion.ids) < self.params.min_tokens:
+            return False
+        places = [place for stop in self.params.stop if (place := self.completion.text.find(stop)) >= 0]
+        if not places:
+            return False
+        self.completion.text = self.completion.text[: min(places)]
+        self._decoder.reset()
+        return True
+
+    def _withheld(self) -> int:
+        """Characters at the end of the text that may be the beginning of a stop string."""
+        text = self.completion.text
+        longest = max(map(len, self.params.stop), default=0)
+        for length in range(min(longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self.params.stop):
+                return length
+        return 0
 
 
 @dataclass(frozen=True)
@@ -379,9 +422,3 @@ def _kind_of(dtype: torch.dtype) -> Kind:
 
 def _is_chat(prompt: Prompt) -> bool:
     return len(prompt) > 0 and isinstance(prompt[0], dict)
-
-
-def _generator(seed: int, ids: list[int]) -> torch.Generator:
-    """Decided by seed and prompt: the draws don't depend on the rest of the batch, and differ by prompt."""
-    mixed = hashlib.blake2b(repr((seed, ids)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)

@@ -1,11 +1,13 @@
 """`danlu generate`: a prompt in, a text out."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import danlu
 from danlu.core.device import choose_dtype
+from danlu.core.files import read_text
 from danlu.generate.config import GenerateConfig, SamplingConfig
 from danlu.generate.engine import Engine
 from danlu.generate.sampling import SamplingParams
@@ -13,13 +15,14 @@ from danlu.generate.sampling import SamplingParams
 
 def sampling_params(config: SamplingConfig, seed: int | None = None) -> SamplingParams:
     """The part of a verb's config that says how to sample."""
-    return SamplingParams(
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed if seed is None else seed,
-    )
+    values = {name: getattr(config, name) for name in SamplingConfig.model_fields}
+    schema, regex = values.pop("json_schema"), values.pop("regex")
+    values["seed"] = config.seed if seed is None else seed
+    return SamplingParams(**values, schema=_schema(schema) if schema else None, regex=regex or None)
+
+
+def _schema(given: str) -> str:
+    return given if given.lstrip().startswith("{") else read_text(Path(given))
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
