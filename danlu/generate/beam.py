@@ -242,10 +242,10 @@ def diverse_beam_search(
                     continue
                 mine = list(places[group])
                 scores = scores_of(output.logits[mine], ids, beam, process) - diversity * taken
-                chosen, next_tokens = beam.step(
-                    *split(beam, best_of(scores, beam.n_candidates)), logprobs[mine]
-                )
-                taken += torch.tensor(next_tokens, dtype=torch.long).bincount(minlength=len(taken))
+                ending, growing = split(beam, best_of(scores, beam.n_candidates))
+                for candidate in growing:
+                    taken[candidate.token] += 1
+                chosen, next_tokens = beam.step(ending, growing, logprobs[mine])
                 if not beam.done:
                     places[group] = range(len(rows), len(rows) + len(chosen))
                     rows += [mine[row] for row in chosen]

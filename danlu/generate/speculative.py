@@ -21,7 +21,7 @@ class Speculated(Answer):
     """An answer, and what the drafts were good for."""
 
     passes: int = 0
-    """How often the model was asked about a draft; plain decoding takes a pass for each token."""
+    """How often the model was asked; plain decoding takes a pass for each token."""
     drafted: int = 0
     accepted: int = 0
     """How many of the drafted tokens are in the answer."""
@@ -141,14 +141,9 @@ def speculative(
         chooser, sequence = Chooser(process, generator), held.open()
         text, logprobs = [int(token) for token in ids], list[float]()
         passes = drafted = accepted = 0
-        if len(text) > 1:
-            yield [Feed(sequence, text[:-1])]
+        unread, guessed, q = list(text), list[int](), None
         while True:
-            n = min(length, max_tokens - len(logprobs) - 1)
-            guessed, q = (yield from guesser.guess(text, n, chooser)) if n else ([], None)
-            output: Output = yield [Feed(sequence, [text[-1], *guessed], every=True)]
-            if q is not None:
-                check_vocabularies(output.logits, q, "draft")
+            output: Output = yield [Feed(sequence, [*unread, *guessed], every=len(guessed) > 0)]
             prefixes = [[*text, *guessed[:place]] for place in range(len(guessed) + 1)]
             kept, token = verify(guessed, chooser.distributions(output.logits, prefixes), q, chooser)
             new = [*guessed[:kept], token]
@@ -165,6 +160,11 @@ def speculative(
                 )
             if kept < len(guessed):
                 held.cut(sequence, len(text) - 1)
+            unread, guessed, q = text[-1:], [], None
+            if n := min(length, max_tokens - len(logprobs) - 1):
+                guessed, q = yield from guesser.guess(text, n, chooser)
+            if q is not None:
+                check_vocabularies(output.logits, q, "draft")
 
 
 def verify(guessed: list[int], p: Tensor, q: Tensor | None, chooser: Chooser) -> tuple[int, int]:

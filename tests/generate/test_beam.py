@@ -1,14 +1,12 @@
 """Beam searches against transformers, and against the best of everything that a tiny model can say."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families_table import CASES, make_theirs
-from plain_driver import Driver, Model, whole_pass
-from tiny_models import logprob, table_model, texts
+from plain_driver import Driver, Model
+from tiny_models import FAMILIES, logprob, table_model, texts, theirs_and_ours
 from torch import Tensor
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -26,19 +24,15 @@ from danlu.generate.beam import (
     tokens_met,
 )
 from danlu.generate.program import Answer, Process
-from danlu.model.checkpoint import load_model
 
 PROMPT = [5, 77, 31, 8]
-STOPS = (3, 9, 40, 41, 60, 99, 111)
+N = 12
+STOPS = tuple(range(3, 128, 8))
 
 
-@pytest.fixture(scope="module", params=["LlamaConfig", "GPT2Config"])
+@pytest.fixture(scope="module", params=FAMILIES, ids=str)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Model]:
-    """A random model of transformers, and the same as ours."""
-    folder: Path = tmp_path_factory.mktemp("theirs")
-    theirs = make_theirs(request.param, CASES[request.param][0])
-    theirs.save_pretrained(folder)
-    return theirs, whole_pass(load_model(folder))
+    return theirs_and_ours(request.param, tmp_path_factory.mktemp("theirs"))
 
 
 def processed(*processors: Any) -> Process:
@@ -51,7 +45,7 @@ def theirs_of(model: Any, **options: Any) -> Any:
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=20,
+        max_new_tokens=N,
         pad_token_id=1,
         output_scores=True,
         return_dict_in_generate=True,
@@ -67,7 +61,7 @@ def check_same(found: list[Answer], expected: Any) -> None:
         assert row[len(PROMPT) :] == answer.ids + padding
         assert set(padding) <= {1}
     scores = [answer.score for answer in found]
-    assert scores == pytest.approx(expected.sequences_scores.tolist(), abs=1e-4)
+    assert scores == pytest.approx(expected.sequences_scores.tolist(), rel=1e-5, abs=1e-4)
 
 
 SETTINGS = [
@@ -91,13 +85,14 @@ def options_of(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize(
+    ("settings", "block"), [(settings, 0) for settings in SETTINGS] + [(SETTINGS[1], 1), (SETTINGS[2], 2)]
+)
 def test_beam_search_is_that_of_transformers(
     pair: tuple[Any, Model], settings: dict[str, Any], block: int
 ) -> None:
     theirs, ours = pair
-    params = BeamParams(**{"max_tokens": 20, **settings})
+    params = BeamParams(**{"max_tokens": N, **settings})
     process = processed(NoRepeatNGramLogitsProcessor(block)) if block else None
     driver = Driver(ours)
     found = driver.run(beam_search(driver.sequences, PROMPT, params, process))
@@ -105,16 +100,16 @@ def test_beam_search_is_that_of_transformers(
     for answer in found:
         assert sum(answer.logprobs) == pytest.approx(logprob(ours, PROMPT, answer.ids), abs=1e-4)
         assert answer.stopped == (answer.ids[-1] in params.stop_ids)
-    assert driver.longest < len(PROMPT) + 20
+    assert driver.longest < len(PROMPT) + N
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:4])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_beam_sample_is_that_of_transformers_with_the_same_draws(
     pair: tuple[Any, Model], settings: dict[str, Any], seed: int
 ) -> None:
     theirs, ours = pair
-    params = BeamParams(**{"max_tokens": 20, **settings})
+    params = BeamParams(**{"max_tokens": N, **settings})
     process = processed(TemperatureLogitsWarper(1.7), TopKLogitsWarper(60), TopPLogitsWarper(0.98))
     driver = Driver(ours)
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +122,7 @@ def test_beam_sample_is_that_of_transformers_with_the_same_draws(
 def test_other_draws_are_other_answers(pair: tuple[Any, Model]) -> None:
     driver, params = Driver(pair[1]), BeamParams(max_tokens=8)
     answers = []
-    for seed in (0, 0, 1):
+    for seed in (0, 0, 1):  # the third draws otherwise
         generator = torch.Generator().manual_seed(seed)
         answers.append(driver.run(beam_sample(driver.sequences, PROMPT, params, generator)))
     assert answers[0] == answers[1] != answers[2]
@@ -256,7 +251,7 @@ def test_diverse_beams_are_those_of_the_plain_algorithm(groups: int, width: int,
 def test_groups_without_diversity_are_beam_searches(pair: tuple[Any, Model], early: bool) -> None:
     """Also where groups end at different times, as they do with diversity."""
     driver = Driver(pair[1])
-    settings: dict[str, Any] = {"max_tokens": 15, "stop_ids": STOPS, "early_stopping": early}
+    settings: dict[str, Any] = {"max_tokens": N, "stop_ids": STOPS, "early_stopping": early}
     six = BeamParams(beams=6, n=6, **settings)
     two = BeamParams(beams=2, n=2, **settings)
     alone = driver.run(beam_search(driver.sequences, PROMPT, two))

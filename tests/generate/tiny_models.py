@@ -1,23 +1,46 @@
-"""Models so small that everything they can say can be listed, with its exact probability."""
+"""Models of transformers beside ours, and models whose every text can be listed with its probability."""
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from plain_driver import Model
+from families_table import CASES, make_theirs
+from plain_driver import Model, whole_pass
 from torch import Tensor
 
+from danlu.model.checkpoint import load_model
 
-def table_model(seed: int, vocabulary: int, spread: float = 1.5) -> Model:
-    """A random distribution after each pair of tokens, and a random vector."""
+FAMILIES = ["LlamaConfig", "GPT2Config"]
+
+
+def theirs_and_ours(name: str, folder: Path, disturb: float = 0.0) -> tuple[Any, Model]:
+    """A random model of transformers that is sure of little and repeats little, and the same as ours.
+
+    `disturb`: how far its matrices are from those of the model of the same name.
+    """
+    theirs = make_theirs(name, CASES[name][2 if name == "GPT2Config" else 0])
+    with torch.no_grad():
+        theirs.get_output_embeddings().weight.mul_(0.4)
+        for parameter in theirs.parameters() if disturb else ():
+            parameter.add_(torch.randn_like(parameter) * disturb * parameter.std())
+    theirs.save_pretrained(folder)
+    return theirs, whole_pass(load_model(folder))
+
+
+def table_model(seed: int, vocabulary: int) -> Model:
+    """Random logits and vectors, decided by the last two tokens, and a little by all before them."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (vocabulary + 1, vocabulary)
-    logits = torch.randn(*shape, vocabulary, generator=generator) * spread
-    hidden = torch.randn(*shape, 6, generator=generator)
+    logits = torch.randn(vocabulary + 1, vocabulary, vocabulary, generator=generator) * 1.5
+    hidden = torch.randn(vocabulary + 1, vocabulary, 6, generator=generator)
+    past = torch.randn(vocabulary, vocabulary, generator=generator) * 0.4
 
     def read(tokens: list[int]) -> tuple[Tensor, Tensor]:
         before = [vocabulary, *tokens[:-1]]
-        return logits[before, tokens], hidden[before, tokens]
+        ages = torch.arange(len(tokens))[:, None] - torch.arange(len(tokens))
+        faded = (0.8**ages).tril() @ past[tokens]
+        return logits[before, tokens] + faded, hidden[before, tokens]
 
     return read
 
