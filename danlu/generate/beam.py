@@ -284,7 +284,7 @@ def constrained_beam_search(
             banks: dict[int, list[Candidate]] = {}
             for candidate in _constrained_candidates(beam, scores, wanted):
                 met = tokens_met([*beam.running[candidate.row].ids, candidate.token], wanted)
-                if to_meet - met <= (0 if beam.stops(candidate) else left):
+                if to_meet - met <= left:
                     banks.setdefault(met, []).append(candidate)
             whole = banks.get(to_meet, [])[: params.beams]
             ending = [candidate for candidate in whole if left == 0 or beam.stops(candidate)]

@@ -82,4 +82,4 @@ class Driver:
             n = len(feed.tokens) if feed.every else 1
             logits, hidden = self.read[model](tokens)
             rows.append((logits[-n:], hidden[-n:]))
-        return Output(torch.cat([logits for logits, _ in rows]), torch.cat([hidden for _, hidden in rows]))
+        return Output(logits=torch.cat([z for z, _ in rows]), hidden=torch.cat([h for _, h in rows]))

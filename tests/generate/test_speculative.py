@@ -18,6 +18,7 @@ from danlu.generate.speculative import Chooser, PromptLookup, speculative
 
 PROMPT = [5, 77, 31, 8, 5, 77]
 N = 24
+PENALTY = RepetitionPenaltyLogitsProcessor(1.3)
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=str)
@@ -33,6 +34,11 @@ def plain(theirs: Any, **options: Any) -> list[int]:
     mask = torch.ones_like(ids)
     settings = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False, "max_new_tokens": N}
     return theirs.generate(ids, attention_mask=mask, **{**settings, **options})[0, len(PROMPT) :].tolist()
+
+
+def without_repeats(logits: Tensor, tokens: list[list[int]]) -> Tensor:
+    rows = [PENALTY(torch.tensor([t]), row[None]) for row, t in zip(logits, tokens, strict=True)]
+    return torch.cat(rows)
 
 
 @pytest.mark.parametrize("length", [1, 4])
@@ -51,22 +57,16 @@ def test_greedy_is_plain_greedy_and_transformers_assisted(trio: Any, length: int
 def test_a_draft_that_is_the_model_is_always_right(trio: Any) -> None:
     _, ours, *_ = trio
     driver = Driver(ours, ours)
-    found = driver.run(speculative(driver.sequences, PROMPT, length=5, max_tokens=N))
-    assert found.passes == 1 + 4, "the first token, three times six, and the rest"
-    assert found.accepted == found.drafted == N - 5
+    for rule in (None, without_repeats):
+        found = driver.run(speculative(driver.sequences, PROMPT, None, 5, N, (), rule))
+        assert found.passes == 1 + 4, "the first token, three times six, and the rest"
+        assert found.accepted == found.drafted == N - 5
 
 
 def test_lookup_and_processing_keep_the_greedy_answer(trio: Any) -> None:
     theirs, ours, _, our_draft = trio
-    penalty = RepetitionPenaltyLogitsProcessor(1.3)
-
-    def process(logits: Tensor, tokens: list[list[int]]) -> Tensor:
-        return torch.cat(
-            [penalty(torch.tensor([t]), row[None]) for row, t in zip(logits, tokens, strict=True)]
-        )
-
     for draft in (None, PromptLookup(2)):
-        for rule, options in ((None, {}), (process, {"repetition_penalty": 1.3})):
+        for rule, options in ((None, {}), (without_repeats, {"repetition_penalty": 1.3})):
             driver = Driver(ours, our_draft)
             found = driver.run(speculative(driver.sequences, PROMPT, draft, 4, N, (), rule))
             assert found.ids == plain(theirs, **options)
