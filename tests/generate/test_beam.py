@@ -191,7 +191,7 @@ def test_hypotheses_on_the_way_to_a_phrase_have_their_share_of_the_beam() -> Non
     driver.run(constrained_beam_search(driver.sequences, [1], params, [phrase], watch))
     met = [sorted(tokens_met(ids, [phrase]) for ids in rows) for rows in seen]
     assert met[4:8] == [[0, 0, 1, 1, 2, 2, 3, 3]] * 4
-    # Too late to begin, then to go on; of the two on the way come two, and the rest falls to those who are through.
+    # Too late to begin, then to go on; two on the way make two a step, the rest is of those who are through.
     assert met[8:] == [[1, 1, 2, 2, 3, 3, 3, 3], [2, 2, 3, 3, 3, 3, 3, 3]]
 
 
