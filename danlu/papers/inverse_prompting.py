@@ -227,7 +227,7 @@ def hits(texts: Sequence[str], documents: Sequence[str], group: int) -> list[boo
 
 
 def _margin(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, tuple[float, float]]:
-    differences = np.subtract(np.float64(one), np.float64(other))
+    differences = np.asarray(one, np.float64) - np.asarray(other, np.float64)
     return float(differences.mean()), bootstrap_interval(differences.tolist())
 
 

@@ -288,7 +288,7 @@ def controls(arms: dict[str, Arm]) -> list[Control]:
 
 
 def _repeats(name: str, arm: Arm, human: Arm) -> Claim:
-    differences = np.subtract(np.float64(arm.loops), np.float64(human.loops))
+    differences = np.asarray(arm.loops, np.float64) - np.asarray(human.loops, np.float64)
     interval = bootstrap_interval(differences.tolist())
     return Claim(
         claim=f"{name} repeats",
