@@ -124,18 +124,23 @@ class Blocks:
 class Tables:
     """The sequences of an engine, on one set of blocks."""
 
-    def __init__(self, blocks: Blocks, window: int = 0, shares: bool = True) -> None:
-        """`window`: tokens that any layer's query sees, 0 = all; `shares`: whether prefixes are looked up."""
+    def __init__(
+        self, blocks: Blocks, window: int = 0, shares: bool = True, first: int = 0, step: int = 1
+    ) -> None:
+        """`window`: tokens that any layer's query sees, 0 = all; `shares`: whether prefixes are looked up.
+
+        Sequences are numbered `first`, `first` + `step` …
+        """
         self.blocks, self.window, self.shares = blocks, window, shares
         self.tables: dict[int, Table] = {}
-        self.last = 0
+        self.next, self.step = first, step
         self.copies: list[tuple[int, int]] = []
         """Blocks whose content has to be copied before the next write: from, to."""
 
     def open(self, root: int = 0) -> int:
-        self.last += 1
-        self.tables[self.last] = Table(-root)
-        return self.last
+        number, self.next = self.next, self.next + self.step
+        self.tables[number] = Table(-root)
+        return number
 
     def fork(self, sequence: int) -> int:
         old = self.tables[sequence]

@@ -21,7 +21,7 @@ from danlu.generate.paged import PagedCache, bytes_per_block
 from danlu.generate.program import Feed, Program, Sequences
 from danlu.generate.runner import Runner
 from danlu.generate.sampling import Row, SamplingParams
-from danlu.generate.scheduler import Job, Owned, Scheduler
+from danlu.generate.scheduler import Job, Lane, Owned, Scheduler
 from danlu.model.transformer import Transformer
 from danlu.tokens.chat import render_prompt
 from danlu.tokens.tokenizer import Tokenizer
@@ -75,18 +75,20 @@ class Engine:
         *,
         dtype: Kind | None = None,
         deterministic: bool = False,
+        helpers: Sequence[Transformer] = (),
         cache_bytes: int | None = None,
         step_tokens: int = 512,
     ) -> None:
         """`dtype`: of the weights that are computed with, default as the model computes; int8 and int4 are
         rounded copies. `cache_bytes`: of keys and values, default a quarter of the device's memory.
 
+        `helpers`: further models that a program may ask: a draft, an amateur; with the same vocabulary.
         `deterministic`: a request's tokens and log-probabilities are the same to the bit, whatever else the
         engine does in the meantime. `step_tokens`: of prompts that are read in one step.
         Raises UserError where the cache can't hold anything.
         """
         self.model, self.tokenizer, self.deterministic = model, tokenizer, deterministic
-        self._kind = dtype
+        self._kind, self._helpers = dtype, helpers
         self._cache_bytes, self._step_tokens = cache_bytes, step_tokens
         self._scheduler: Scheduler | None = None
 
@@ -94,34 +96,37 @@ class Engine:
     def scheduler(self) -> Scheduler:
         """Made when it is first needed."""
         if self._scheduler is None:
-            config, device = self.model.config, self.model.head_weight.device
-            kind = self._kind or _kind_of(self.model.compute_dtype or self.model.head_weight.dtype)
-            dtype = torch.float32 if kind == "float32" else torch.bfloat16
-            size = bytes_per_block(config, dtype)
-            most = MOST_SEQUENCES * -(-config.max_positions // POSITIONS)
-            limit = self._cache_bytes if self._cache_bytes is not None else _free_bytes(device)
-            n_blocks = min(most, limit // size)
-            if n_blocks < 2:
-                raise UserError(
-                    f"{limit:,} bytes for keys and values: {POSITIONS} tokens take {size:,}",
-                    "give the engine more memory",
-                )
-            shares = config.rope_scaling is None or config.rope_scaling.kind not in ("dynamic", "longrope")
-            window = 0 if not all(config.window_of(n) for n in range(config.n_layers)) else config.window
-            tables = Tables(Blocks(n_blocks, POSITIONS), window, shares)
-            cache = PagedCache(config, n_blocks, dtype, device)
-            runner: Runner
-            if device.type == "cpu" and runs_fast(config):
-                runner = FastRunner(self.model, cache, self.deterministic, kind)
-            else:
-                runner = Runner(self.model, cache, self.deterministic)
-            self._scheduler = Scheduler(runner, tables, self._step_tokens)
+            models = [self.model, *self._helpers]
+            lanes = [self._lane(model, number, len(models)) for number, model in enumerate(models)]
+            self._scheduler = Scheduler(lanes, self._step_tokens)
         return self._scheduler
+
+    def _lane(self, model: Transformer, number: int, of: int) -> Lane:
+        """Where one of the models runs."""
+        config, device = model.config, model.head_weight.device
+        kind = self._kind or _kind_of(model.compute_dtype or model.head_weight.dtype)
+        dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        size = bytes_per_block(config, dtype)
+        most = MOST_SEQUENCES * -(-config.max_positions // POSITIONS)
+        limit = self._cache_bytes if self._cache_bytes is not None else _free_bytes(device) // of
+        n_blocks = min(most, limit // size)
+        if n_blocks < 2:
+            raise UserError(
+                f"{limit:,} bytes for keys and values: {POSITIONS} tokens take {size:,}",
+                "give the engine more memory",
+            )
+        shares = config.rope_scaling is None or config.rope_scaling.kind not in ("dynamic", "longrope")
+        window = 0 if not all(config.window_of(n) for n in range(config.n_layers)) else config.window
+        tables = Tables(Blocks(n_blocks, POSITIONS), window, shares, number, of)
+        cache = PagedCache(config, n_blocks, dtype, device)
+        if device.type == "cpu" and runs_fast(config):
+            return Lane(FastRunner(model, cache, self.deterministic, kind), tables)
+        return Lane(Runner(model, cache, self.deterministic), tables)
 
     @property
     def capacity(self) -> int:
         """Tokens that the cache holds."""
-        return self.scheduler.tables.blocks.n_blocks * POSITIONS
+        return self.scheduler.lanes[0].tables.blocks.n_blocks * POSITIONS
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """A text begins like a document; messages are rendered up to the assistant's turn."""
@@ -135,15 +140,13 @@ class Engine:
         ids = self.prompt_ids(prompt)
         self._check_prompt(ids)
         n_tokens = min(len(ids) + params.max_tokens, self.model.config.max_positions)
-        if n_tokens > self.capacity and not self.scheduler.tables.window:
+        if n_tokens > self.capacity and not self.scheduler.lanes[0].tables.window:
             raise UserError(
                 f"{len(ids)} tokens of prompt, {params.max_tokens} of answer: a cache of {self.capacity}",
                 "give the engine more memory, shorten the prompt or generate fewer tokens",
             )
         request = Request(self, ids, params, _is_chat(prompt))
-        sequences = Owned(self.scheduler.tables)
-        request.job = Job(request.program(sequences), owned=sequences.owned)
-        self.scheduler.submit(request.job)
+        request.begin()
         return request
 
     def step(self) -> None:
@@ -182,7 +185,7 @@ class Engine:
         """What each program returns, run together: functions of `Sequences`, see `program.py`."""
         jobs = []
         for program in programs:
-            sequences = Owned(self.scheduler.tables)
+            sequences = Owned(self.scheduler.lanes)
             jobs.append(Job(program(sequences), owned=sequences.owned))
         try:
             for job in jobs:
@@ -278,6 +281,12 @@ class Request:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begins = is_reply and tokenizer.drops_first_blank
 
+    def begin(self) -> None:
+        """Joins the others."""
+        sequences = Owned(self.engine.scheduler.lanes)
+        self.job = Job(self.program(sequences), owned=sequences.owned)
+        self.engine.scheduler.submit(self.job)
+
     @property
     def done(self) -> bool:
         return self.job.done
@@ -345,7 +354,6 @@ class Request:
         if before:
             n = self.params.prompt_logprobs or 0
             output = yield [Feed(sequence, before, every=True)]
-            assert output.logits is not None
             logprobs = output.logits.log_softmax(1)
             chosen = logprobs.gather(1, torch.tensor(self.ids[1:], device=logprobs.device)[:, None])
             self.completion.prompt_logprobs = chosen[:, 0].tolist()
@@ -401,8 +409,6 @@ class _Scoring:
         ]
         for fork in forks:
             sequences.free(fork)
-        assert output.logprobs is not None
-        assert output.greedy is not None
         sizes = [len(continuation) for continuation in self.continuations]
         return [
             Likelihood(float(logprobs.double().sum()), bool(greedy.all()), len(logprobs))

@@ -189,9 +189,15 @@ def attend_one(
         total += scores[j]
     factor = np.float32(1) / total
     out[:] = 0
+    whole = e & ~(LANES - 1)
     for b in range(begin, end):
         at = (b - begin) * POSITIONS
-        add_rows(scores[at : at + POSITIONS], values[table[b], group], min(POSITIONS, seen - at), out)
+        count = min(POSITIONS, seen - at)
+        v = values[table[b], group]
+        add_rows(scores[at : at + POSITIONS], v, count, out)
+        for i in range(whole, e):  # numbers that fill no vector
+            for j in range(count):
+                out[i] += scores[at + j] * wide(v[j, i])
     for i in range(e):
         out[i] *= factor
 

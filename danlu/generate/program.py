@@ -5,17 +5,20 @@ other requests ask for, and sends back an `Output`. Whatever the method returns 
 Sequences are opened, forked and cut at no cost: forks share what they have in common.
 
     def greedy(sequences, ids, n):
-        sequence = sequences.open()
-        output, found = yield [Feed(sequence, ids)], []
-        while len(found) < n:
-            found.append(int(output.logits[0].argmax()))
-            output = yield [Feed(sequence, found[-1:])]
-        sequences.free(sequence)
-        return found
+        with Scope(sequences) as held:
+            sequence = held.open()
+            output, found = yield [Feed(sequence, ids)], []
+            while len(found) < n:
+                found.append(int(output.logits[0].argmax()))
+                output = yield [Feed(sequence, found[-1:])]
+            return found
+
+A method may use several models: a sequence belongs to the model that it was opened for, and the feeds of
+one list belong to one model.
 """
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
@@ -25,6 +28,7 @@ from danlu.generate.draw import Draw
 from danlu.generate.sampling import Row
 
 R = TypeVar("R")
+NONE = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,12 @@ class Output:
 
     hidden: Tensor
     """(rows, D) what the output matrix is multiplied with."""
-    logits: Tensor | None = None
+    logits: Tensor = NONE
     """(rows, V) float32."""
     draw: Draw | None = None
-    logprobs: Tensor | None = None
+    logprobs: Tensor = NONE
     """(rows,) float32 of the targets."""
-    greedy: Tensor | None = None
+    greedy: Tensor = NONE
     """(rows,) whether each target is the most probable token."""
 
     @classmethod
@@ -73,11 +77,9 @@ class Output:
         if len(parts) == 1:
             return parts[0]
         names = ("logits", "logprobs", "greedy")
-        joined = {
-            name: [value for part in parts if (value := getattr(part, name)) is not None] for name in names
-        }
+        joined = {name: [value for part in parts if len(value := getattr(part, name))] for name in names}
         return cls(
-            torch.cat([part.hidden for part in parts] or [torch.empty(0)]),
+            torch.cat([part.hidden for part in parts] or [NONE]),
             **{name: torch.cat(values) for name, values in joined.items() if values},
             draw=parts[-1].draw if parts else None,
         )
@@ -85,12 +87,27 @@ class Output:
 
 Program = Generator[list[Feed], Output, R]
 
+Process = Callable[[Tensor, list[list[int]]], Tensor]
+"""Step-wise changes of logits (rows, V), given the tokens so far of each row, prompt and answer."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method found. `logprobs`: of each of `ids`, from the model itself, before any processing."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False
+    """Whether a stop token came; it is then the last of `ids`."""
+    score: float = 0.0
+    """What a search ranks by."""
+
 
 class Sequences(Protocol):
     """Where the tokens read so far are kept. A sequence is named by a number."""
 
-    def open(self) -> int:
-        """A new sequence without tokens."""
+    def open(self, model: int = 0) -> int:
+        """A new sequence without tokens, for one of the models: 0 is the engine's own."""
 
     def fork(self, sequence: int) -> int:
         """A new sequence with the same tokens; the two go their own ways from here."""
@@ -100,3 +117,60 @@ class Sequences(Protocol):
 
     def free(self, sequence: int) -> None:
         """Gives the sequence's memory back. A program frees all that it opened or forked."""
+
+
+class Scope:
+    """Sequences that are freed when the block ends, also by an error or because the request was cancelled."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self.sequences = sequences
+        self.held: set[int] = set()
+
+    def __enter__(self) -> "Scope":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sequence in sorted(self.held):
+            self.free(sequence)
+
+    def open(self, model: int = 0) -> int:
+        self.held.add(sequence := self.sequences.open(model))
+        return sequence
+
+    def fork(self, sequence: int) -> int:
+        self.held.add(child := self.sequences.fork(sequence))
+        return child
+
+    def cut(self, sequence: int, length: int) -> None:
+        self.sequences.cut(sequence, length)
+
+    def free(self, sequence: int) -> None:
+        self.held.remove(sequence)
+        self.sequences.free(sequence)
+
+
+class Branches:
+    """The sequences of several hypotheses of one model: row by row, each grows by a token a step."""
+
+    def __init__(self, sequences: Sequences, model: int = 0) -> None:
+        self.sequences = sequences
+        self.rows = [sequences.open(model)]
+
+    def start(self, ids: Sequence[int]) -> Program[Output]:
+        """Reads the prompt: one row."""
+        return (yield [Feed(self.rows[0], ids)])
+
+    def grow(self, parents: Sequence[int], tokens: Sequence[int]) -> Program[Output]:
+        """The rows become children of `parents` (rows), each by its token; rows without child are freed."""
+        self.fork(parents)
+        return (yield [Feed(row, [token]) for row, token in zip(self.rows, tokens, strict=True)])
+
+    def fork(self, parents: Sequence[int]) -> None:
+        """The rows become copies of `parents`; the first copy is the parent itself."""
+        children = [
+            self.sequences.fork(self.rows[parent]) if parent in parents[:place] else self.rows[parent]
+            for place, parent in enumerate(parents)
+        ]
+        for row in set(self.rows) - set(children):
+            self.sequences.free(row)
+        self.rows = children

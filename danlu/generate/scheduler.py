@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from danlu.core.errors import UserError
-from danlu.generate.blocks import Full, Tables
+from danlu.generate.blocks import Full, Table, Tables
 from danlu.generate.draw import draw
 from danlu.generate.program import Feed, Output
 from danlu.generate.runner import Runner
@@ -40,25 +40,38 @@ class Job:
     on_done: Callable[["Job"], None] | None = None
 
 
+@dataclass(frozen=True)
+class Lane:
+    """One of the models, and the sequences that it reads: those whose number is its own, modulo all."""
+
+    runner: Runner
+    tables: Tables
+
+
 class Owned:
     """The sequences of one job (a `program.Sequences`)."""
 
-    def __init__(self, tables: Tables, root: int = 0) -> None:
-        self.tables, self.root = tables, root
+    def __init__(self, lanes: Sequence[Lane], root: int = 0) -> None:
+        self.lanes, self.root = lanes, root
         self.owned: set[int] = set()
 
     def open(self, model: int = 0) -> int:
-        return self._own(self.tables.open(self.root))
+        if model >= len(self.lanes):
+            raise UserError(f"there is no model {model}", "give the engine the models that it asks: helpers")
+        return self._own(self.lanes[model].tables.open(self.root))
 
     def fork(self, sequence: int) -> int:
-        return self._own(self.tables.fork(sequence))
+        return self._own(self._tables(sequence).fork(sequence))
 
     def cut(self, sequence: int, length: int) -> None:
-        self.tables.cut(sequence, length)
+        self._tables(sequence).cut(sequence, length)
 
     def free(self, sequence: int) -> None:
         self.owned.discard(sequence)
-        self.tables.free(sequence)
+        self._tables(sequence).free(sequence)
+
+    def _tables(self, sequence: int) -> Tables:
+        return self.lanes[sequence % len(self.lanes)].tables
 
     def _own(self, sequence: int) -> int:
         self.owned.add(sequence)
@@ -86,11 +99,11 @@ class _Chosen:
 
 
 class Scheduler:
-    """Runs jobs on one model and one cache."""
+    """Runs jobs; nearly all of them on the first of the models."""
 
-    def __init__(self, runner: Runner, tables: Tables, step_tokens: int = 512, most_jobs: int = 256) -> None:
+    def __init__(self, lanes: Sequence[Lane], step_tokens: int = 512, most_jobs: int = 256) -> None:
         """`step_tokens`: most tokens of prompts read in a step; `most_jobs`: most jobs that run at once."""
-        self.runner, self.tables = runner, tables
+        self.lanes = lanes
         self.step_tokens, self.most_jobs = step_tokens, most_jobs
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
@@ -112,16 +125,20 @@ class Scheduler:
 
     def step(self) -> None:
         """One pass of the model, and every program that has what it asked for goes on."""
-        if self.runner.refresh():  # the weights have changed: what was computed with the old ones is void
-            for job in self.running:
+        changed = [lane.runner.refresh() for lane in self.lanes]
+        if any(changed):
+            for job in self.running:  # the weights have changed: what was computed with the old ones is void
                 self._drop(job)
-            self.tables.blocks.forget()
+            for lane in self.lanes:
+                lane.tables.blocks.forget()
         self._admit()
-        chosen = self._choose()
-        if chosen:
-            self._compute(chosen)
+        idle = True
+        for lane in self.lanes:
+            if chosen := self._choose(lane):
+                self._compute(lane, chosen)
+                idle = False
         ready = [job for job in self.running if self._is_ready(job)]
-        if self.running and not chosen and not ready:
+        if self.running and idle and not ready:
             self._too_small(self.running[0])
         for job in ready:
             self._advance(job)
@@ -138,19 +155,30 @@ class Scheduler:
                     continue
             for feed in job.feeds:
                 self._match(job, feed)
-            needed = sum(self._needed(feed) for feed in job.feeds)
-            if self.running and needed + len(self.running) > self.tables.blocks.available:
+            if self.running and not self._has_room(job):
                 return
             self.running.append(self.waiting.popleft())
 
-    def _needed(self, feed: Feed) -> int:
-        return self.tables.blocks_needed(feed.sequence, self.tables.tables[feed.sequence].pending)
+    def _has_room(self, job: Job) -> bool:
+        """Whether what it asks fits, and a block for each job that runs."""
+        needed = dict.fromkeys(self.lanes, len(self.running))
+        for feed in job.feeds:
+            lane = self._lane(feed.sequence)
+            pending = lane.tables.tables[feed.sequence].pending
+            needed[lane] += lane.tables.blocks_needed(feed.sequence, pending)
+        return all(blocks <= lane.tables.blocks.available for lane, blocks in needed.items())
+
+    def _lane(self, sequence: int) -> Lane:
+        return self.lanes[sequence % len(self.lanes)]
+
+    def _table(self, sequence: int) -> Table:
+        return self._lane(sequence).tables.tables[sequence]
 
     def _match(self, job: Job, feed: Feed) -> None:
-        self.tables.match(feed.sequence, feed.wanted)
+        self._lane(feed.sequence).tables.match(feed.sequence, feed.wanted)
 
-    def _choose(self) -> list[_Chosen]:
-        """What is read in this step; its blocks are taken."""
+    def _choose(self, lane: Lane) -> list[_Chosen]:
+        """What a model reads in this step; its blocks are taken."""
         chosen: list[_Chosen] = []
         computing: set[Any] = set()
         budget = self.step_tokens
@@ -159,17 +187,19 @@ class Scheduler:
                 if job not in self.running:  # it has given its place to an older one
                     continue
                 for number, feed in enumerate(job.feeds):
-                    table = self.tables.tables[feed.sequence]
+                    if self._lane(feed.sequence) is not lane:
+                        continue
+                    table = lane.tables.tables[feed.sequence]
                     if table.pending == 0 or (table.pending == 1) != single:
                         continue
                     n_tokens = 1
                     if not single:
                         self._match(job, feed)
-                        key = self.tables.next_key(feed.sequence, feed.wanted)
+                        key = lane.tables.next_key(feed.sequence, feed.wanted)
                         if key in computing:
                             continue
-                        n_tokens = table.pending if self.runner.whole else min(table.pending, budget)
-                        if n_tokens <= 0 or (self.runner.whole and chosen):
+                        n_tokens = table.pending if lane.runner.whole else min(table.pending, budget)
+                        if n_tokens <= 0 or (lane.runner.whole and chosen):
                             continue
                         if key is not None:
                             computing.add(key)
@@ -178,7 +208,7 @@ class Scheduler:
                         wanted = max(0, min(n_tokens, feed.wanted - left))
                         chosen.append(_Chosen(job, number, feed, n_tokens, wanted, left))
                         budget -= n_tokens
-                        if self.runner.whole:
+                        if lane.runner.whole:
                             return chosen
         return chosen
 
@@ -186,7 +216,7 @@ class Scheduler:
         """Takes the blocks, if need be those of younger jobs; False where the job has to wait."""
         while True:
             try:
-                self.tables.make_room(feed.sequence, n_tokens)
+                self._lane(feed.sequence).tables.make_room(feed.sequence, n_tokens)
             except Full:
                 busy = {choice.job for choice in chosen}
                 younger = [
@@ -203,13 +233,14 @@ class Scheduler:
     def _drop(self, job: Job) -> None:
         """Forgets what was computed for a job; what it has asked for is computed again."""
         for sequence in job.owned:
-            self.tables.drop(sequence)
+            self._lane(sequence).tables.drop(sequence)
         job.found.clear()
 
     def _too_small(self, job: Job) -> None:
         """The only job left can't go on: it alone needs more than there is."""
-        total = self.tables.blocks.n_blocks * self.tables.blocks.size
-        tokens = sum(len(self.tables.tables[sequence].tokens) for sequence in job.owned)
+        blocks = self._lane(job.feeds[0].sequence).tables.blocks
+        total = blocks.n_blocks * blocks.size
+        tokens = sum(len(self._table(sequence).tokens) for sequence in job.owned)
         job.error = UserError(
             f"{tokens} tokens in {len(job.owned)} sequences don't fit a cache of {total} tokens",
             "give the engine more memory, or use fewer or shorter sequences",
@@ -217,19 +248,22 @@ class Scheduler:
         self.running.remove(job)
         self._end(job)
 
-    def _compute(self, chosen: list[_Chosen]) -> None:
-        """Runs the model on the pieces, and gives each job what it asked about."""
-        copies, self.tables.copies = self.tables.copies, []
-        pieces = [self.tables.piece(choice.feed.sequence, choice.n_tokens) for choice in chosen]
-        hidden = self.runner.run(pieces, [choice.job.root for choice in chosen], copies, _wanted(chosen))
+    def _compute(self, lane: Lane, chosen: list[_Chosen]) -> None:
+        """Runs a model on the pieces, and gives each job what it asked about."""
+        tables = lane.tables
+        copies, tables.copies = tables.copies, []
+        pieces = [tables.piece(choice.feed.sequence, choice.n_tokens) for choice in chosen]
+        hidden = lane.runner.run(pieces, [choice.job.root for choice in chosen], copies, _wanted(chosen))
         for choice in chosen:
-            self.tables.wrote(choice.feed.sequence, choice.n_tokens)
+            tables.wrote(choice.feed.sequence, choice.n_tokens)
         asking = [choice for choice in chosen if choice.wanted]
         sizes = [choice.wanted for choice in asking]
-        for choice, output in zip(asking, self._outputs(asking, hidden.split(sizes)), strict=True):
+        for choice, output in zip(
+            asking, self._outputs(lane.runner, asking, hidden.split(sizes)), strict=True
+        ):
             choice.job.found.setdefault(choice.number, []).append(output)
 
-    def _outputs(self, asking: list[_Chosen], hidden: Sequence[Tensor]) -> list[Output]:
+    def _outputs(self, runner: Runner, asking: list[_Chosen], hidden: Sequence[Tensor]) -> list[Output]:
         """Logits, a sampled token, or log-probabilities of targets: as each feed says."""
         outputs = [Output(rows) for rows in hidden]
         scored = [i for i, choice in enumerate(asking) if choice.feed.targets]
@@ -239,7 +273,7 @@ class Scheduler:
         for group in (plain, sampled):
             if not group:
                 continue
-            logits = self.runner.logits(torch.cat([hidden[i] for i in group]))
+            logits = runner.logits(torch.cat([hidden[i] for i in group]))
             for i, rows in zip(group, logits.split([len(hidden[i]) for i in group]), strict=True):
                 outputs[i].logits = rows
             if group is sampled:
@@ -248,14 +282,14 @@ class Scheduler:
                     outputs[i].draw = drawn
         if scored:
             targets = [target for i in scored for target in asking[i].targets]
-            found = self.runner.score(torch.cat([hidden[i] for i in scored]), targets)
+            found = runner.score(torch.cat([hidden[i] for i in scored]), targets)
             sizes = [len(hidden[i]) for i in scored]
             for i, logprobs, greedy in zip(scored, *(part.split(sizes) for part in found), strict=True):
                 outputs[i].logprobs, outputs[i].greedy = logprobs, greedy
         return outputs
 
     def _is_ready(self, job: Job) -> bool:
-        return all(self.tables.tables[feed.sequence].pending == 0 for feed in job.feeds)
+        return all(self._table(feed.sequence).pending == 0 for feed in job.feeds)
 
     def _advance(self, job: Job, first: bool = False) -> None:
         """Hands a program what it asked for, and takes its next feeds."""
@@ -280,13 +314,13 @@ class Scheduler:
             return
         job.feeds = feeds
         for feed in feeds:
-            self.tables.tables[feed.sequence].tokens += feed.tokens
+            self._table(feed.sequence).tokens += feed.tokens
 
     def _end(self, job: Job) -> None:
         job.done = True
         job.program.close()
         for sequence in [*job.owned]:
-            self.tables.free(sequence)
+            self._lane(sequence).tables.free(sequence)
         job.owned.clear()
         if job.on_done:
             job.on_done(job)

@@ -11,7 +11,9 @@ from danlu.papers.protocol import Result, print_result, write_result
 
 EXPERIMENTS = {
     "compression": "danlu.papers.compression:run",
+    "inverse-prompting": "danlu.papers.inverse_prompting:run",
     "lora": "danlu.papers.lora:run",
+    "nucleus": "danlu.papers.nucleus:run",
     "opt-logbook": "danlu.papers.opt_logbook:run",
 }
 """name: "module:function", which takes (config, folder) and returns a protocol.Result."""

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from danlu.core.errors import UserError
-from danlu.generate.engine import Engine
+from danlu.generate.engine import Engine, Request
+from danlu.generate.program import Feed
 from danlu.generate.sampling import SamplingParams
 from danlu.model.config import ModelConfig
 from danlu.model.transformer import Transformer
@@ -201,22 +202,26 @@ def test_a_character_of_several_tokens_comes_out_whole(tokenizer: Tokenizer, tex
     assert list(engine.stream([start], params)) == list(text)
 
 
-class Reciter(Engine):
+class Reciter(Request):
     """Says given tokens."""
 
-    def __init__(self, engine: Engine, ids: list[int]) -> None:
-        super().__init__(engine.model, engine.tokenizer)
-        self.ids = ids
+    said: list[int]
 
-    def _steps(self, prompts: Any, params: Any) -> Any:
-        yield from ((0, token, 0.0, False) for token in self.ids)
+    def program(self, sequences: Any) -> Any:
+        yield [Feed(sequences.open(), [0], silent=True)]
+        for token in self.said:
+            self._append(self.engine.tokenizer.decode_bytes([token]))
+        self._append(b"", final=True)
 
 
 @given(st.lists(st.integers(0, 329), max_size=40), st.text(max_size=10))
 def test_pieces_are_the_text_whatever_the_tokens(engine: Engine, ids: list[int], text: str) -> None:
     """Tokens cut characters anywhere; what is cut short at the end is shown at the end."""
     ids = ids + engine.tokenizer.encode(text)
-    pieces = list(Reciter(engine, ids).stream("", SamplingParams()))
+    reciter = Reciter(engine, [0], SamplingParams(), is_reply=False)
+    reciter.said = ids
+    reciter.begin()
+    pieces = list(reciter.pieces())
     assert "".join(pieces) == engine.tokenizer.decode(ids)
     assert all(pieces)
 
