@@ -121,7 +121,10 @@ class Engine:
         cache = PagedCache(config, n_blocks, dtype, device)
         if device.type == "cpu" and runs_fast(config):
             return Lane(FastRunner(model, cache, self.deterministic, kind), tables)
-        return Lane(Runner(model, cache, self.deterministic), tables)
+        own = _kind_of(model.compute_dtype or model.head_weight.dtype)
+        lives = kind == own and (kind == "float32" or device.type != "cpu")
+        packed = None if lives and not self.deterministic else kind
+        return Lane(Runner(model, cache, self.deterministic, packed), tables)
 
     @property
     def capacity(self) -> int:

@@ -12,18 +12,15 @@ import torch
 from numba import get_num_threads
 from torch import Tensor, nn
 
-from danlu.core.errors import UserError
 from danlu.generate import kernels
 from danlu.generate.blocks import Piece
-from danlu.generate.packed import GROUP, Kind, Matrix, empty, pack, unpack
+from danlu.generate.packed import Kind, Matrix, bias_of, empty, multiply, pack, reordered, weight_of
 from danlu.generate.paged import PagedCache, Step, as_array
 from danlu.generate.runner import Runner
 from danlu.model.attention import Scores
 from danlu.model.config import ModelConfig
-from danlu.model.layers import FeedForward, Linear, RMSNorm
-from danlu.model.lora import LoraLinear
+from danlu.model.layers import FeedForward, RMSNorm
 from danlu.model.positions import rotary
-from danlu.model.quantised import QuantisedLinear
 from danlu.model.transformer import Layer, Transformer
 
 FEW = 4
@@ -52,15 +49,11 @@ class FastRunner(Runner):
     def __init__(
         self, model: Transformer, cache: PagedCache, exact: bool = False, kind: Kind = "float32"
     ) -> None:
-        """`kind`: of the packed weights. Raises UserError for widths that don't divide into groups."""
-        super().__init__(model, cache, exact)
+        """`kind`: of the packed weights. Raises UserError as `packed.empty`."""
+        super().__init__(model, cache)
+        self.exact = exact
         config = model.config
         self.kind: Kind = kind
-        if kind == "int4" and (config.width % GROUP or config.ffn_width % GROUP):
-            raise UserError(
-                f"widths {config.width} and {config.ffn_width} aren't multiples of {GROUP}, as int4 needs",
-                "use int8",
-            )
         n, width, ffn = config.n_layers, config.width, config.ffn_width
         self.q_width, kv_width = config.n_heads * config.head_width, config.n_kv_heads * config.head_width
         self.n_rows = self.q_width + 2 * kv_width
@@ -104,14 +97,14 @@ class FastRunner(Runner):
             layer, attention, ffn = module, module.attention, module.ffn
             assert isinstance(ffn, FeedForward)
             assert ffn.gate is not None
-            joined = torch.cat([weight(m) for m in (attention.q, attention.k, attention.v)])
+            joined = torch.cat([weight_of(m) for m in (attention.q, attention.k, attention.v)])
             pack(joined, self._of(self.qkv, number))
-            pack(weight(attention.out), self._of(self.out, number))
-            pack(torch.cat((weight(ffn.gate), weight(ffn.up))), self._of(self.gate_up, number))
-            pack(weight(ffn.down), self._of(self.down, number))
+            pack(weight_of(attention.out), self._of(self.out, number))
+            pack(torch.cat((weight_of(ffn.gate), weight_of(ffn.up))), self._of(self.gate_up, number))
+            pack(weight_of(ffn.down), self._of(self.down, number))
             if self.model.config.qkv_bias:
-                biases = [bias(m) for m in (attention.q, attention.k, attention.v)]
-                self.qkv_bias[number] = torch.cat(biases)
+                biases = [bias_of(m) for m in (attention.q, attention.k, attention.v)]
+                self.qkv_bias[number] = torch.cat([bias for bias in biases if bias is not None])
             for place, norm in enumerate((layer.attention_norm, layer.ffn_norm)):
                 self.norms[number, place] = norm_weight(norm)
             if attention.q_norm is not None and attention.k_norm is not None:
@@ -233,31 +226,6 @@ class FastRunner(Runner):
         return hidden
 
 
-def weight(module: nn.Module) -> Tensor:
-    """A matrix as it is used now: with the active adapter, unpacked."""
-    if isinstance(module, LoraLinear):
-        return module.merged()
-    assert isinstance(module, Linear | QuantisedLinear)
-    return module.weight
-
-
-def bias(module: nn.Module) -> Tensor:
-    found = module.base.bias if isinstance(module, LoraLinear) else module.bias
-    assert isinstance(found, Tensor)
-    return found
-
-
 def norm_weight(norm: nn.Module | None) -> Tensor:
     assert isinstance(norm, RMSNorm)
     return norm.weight.float() + 1 if norm.plus_one else norm.weight.float()
-
-
-def reordered(matrix: Matrix) -> Tensor:
-    """A matrix (rows, D) as oneDNN likes it for products with few rows; 8 and 4 bits as bfloat16."""
-    data = matrix.data if matrix.data.is_floating_point() else unpack(matrix).bfloat16()
-    return torch.ops.mkldnn._reorder_linear_weight(data, 16)
-
-
-def multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (N, D) times a reordered matrix: (N, rows), in the dtype of x."""
-    return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")

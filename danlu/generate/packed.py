@@ -4,14 +4,24 @@
 byte i of 16 holds number i in its low half and number i + 16 in its high half. Both round to the nearest.
 """
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from numba import get_num_threads
+from torch import Tensor, nn
 
+from danlu.core.errors import UserError
+from danlu.generate import kernels
 from danlu.generate.paged import as_array
+from danlu.model.layers import Linear
+from danlu.model.lora import LoraLinear
+from danlu.model.quantised import QuantisedLinear
+from danlu.model.transformer import Transformer
 
 Kind = Literal["float32", "bf16", "int8", "int4"]
 GROUP = 32
@@ -34,8 +44,10 @@ class Matrix:
 
 
 def empty(shape: tuple[int, ...], kind: Kind) -> Matrix:
-    """Room for matrices (…, rows, D)."""
+    """Room for matrices (…, rows, D). Raises UserError for 4 bits where D doesn't divide into groups."""
     *rows, n = shape
+    if kind == "int4" and n % GROUP:
+        raise UserError(f"a matrix has {n} columns, no multiple of {GROUP}, as int4 needs", "use int8")
     if kind == "int4":
         return Matrix(torch.empty(*rows, n // 2, dtype=torch.uint8), torch.empty(*rows, n // GROUP))
     if kind == "int8":
@@ -71,3 +83,78 @@ def unpack(matrix: Matrix) -> Tensor:
         codes = torch.cat((bytes_ & 15, bytes_ >> 4), -1).float() - 8
         return (codes * matrix.factors[..., None]).flatten(-2)
     return matrix.data.float()
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A matrix as it is used now: with the active adapter, unpacked."""
+    if isinstance(module, LoraLinear):
+        return module.merged()
+    assert isinstance(module, Linear | QuantisedLinear)
+    return module.weight
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    found = module.base.bias if isinstance(module, LoraLinear) else module.bias
+    assert found is None or isinstance(found, Tensor)
+    return found
+
+
+def reordered(matrix: Matrix) -> Tensor:
+    """A matrix (rows, D) as oneDNN likes it for products with few rows; 8 and 4 bits as bfloat16."""
+    data = matrix.data if matrix.data.is_floating_point() else unpack(matrix).bfloat16()
+    return torch.ops.mkldnn._reorder_linear_weight(data, 16)
+
+
+def multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    """x (N, D) times a reordered matrix: (N, rows), in the dtype of x."""
+    return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
+
+
+class PackedLinear(nn.Module):
+    """Stands where a matrix stood, and computes with a packed copy of it.
+
+    `exact`: by the kernel whose sums have one order; else by oneDNN, or on a GPU unpacked for each product.
+    """
+
+    def __init__(self, weight: Callable[[], Tensor], bias: Tensor | None, kind: Kind, exact: bool) -> None:
+        super().__init__()
+        self.source, self.bias, self.exact = weight, bias, exact
+        current = weight()
+        matrix = empty(tuple(current.shape), kind)
+        self.matrix = Matrix(matrix.data.to(current.device), matrix.factors.to(current.device))
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Packs the live weights again."""
+        pack(self.source(), self.matrix)
+        on_cpu = self.matrix.data.device.type == "cpu"
+        self.reordered = reordered(self.matrix) if on_cpu and not self.exact else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        if self.exact:
+            found = np.empty((len(rows), len(self.matrix.data)), np.float32)
+            kernels.product(*self.matrix.arrays, rows.float().numpy(), found, get_num_threads() * 4)
+            y = torch.from_numpy(found)
+        elif self.reordered is not None:
+            y = multiply(rows.to(self.reordered.dtype), self.reordered)
+        else:
+            y = F.linear(rows, unpack(self.matrix).to(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def substitute(model: Transformer, kind: Kind, exact: bool) -> Transformer:
+    """The model with packed matrices in its layers; all else is shared with the live one."""
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    twin = copy.deepcopy(model, shared)
+    kinds = (Linear, LoraLinear, QuantisedLinear)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    for name, module in found.items():
+        if name.rpartition(".")[0] not in found and module is not model.head:  # not the base of an adapter
+            twin.set_submodule(
+                name, PackedLinear(lambda module=module: weight_of(module), bias_of(module), kind, exact)
+            )
+    return twin

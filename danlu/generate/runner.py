@@ -1,40 +1,77 @@
 """The model as the engine sees it: pieces of sequences in, the vectors of the tokens asked about out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from danlu.generate.blocks import Piece
+from danlu.generate.packed import Kind, PackedLinear, substitute
 from danlu.generate.paged import PagedCache, Step
+from danlu.model.lora import LoraLinear
 from danlu.model.transformer import Transformer
+
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def optimizer_steps() -> int:
+    """How many steps all optimisers of this process have made, since this file was loaded."""
+    return _steps
+
 
 SCORED_AT_ONCE = 2**25
 """Logits that are held while targets are scored."""
 
 
 class Runner:
-    """Runs any model, on any device, as the transformer stands: its live weights are the current ones."""
+    """Runs any model, on any device, as the transformer stands: its live weights are the current ones.
 
-    def __init__(self, model: Transformer, cache: PagedCache, exact: bool = False) -> None:
-        """`exact`: the deterministic mode."""
+    In float32, and on a GPU in bfloat16 too, these are what it computes with; else packed copies of them.
+    """
+
+    def __init__(
+        self, model: Transformer, cache: PagedCache, exact: bool = False, kind: Kind | None = None
+    ) -> None:
+        """`exact`: the deterministic mode; `kind`: of packed weights, None = no copies."""
         self.model, self.cache, self.exact = model, cache, exact
         scaling = model.config.rope_scaling
         self.whole = scaling is not None and scaling.kind in ("dynamic", "longrope")
         """Whether a sequence has to be read in one piece, and alone: angles hang on its length."""
-        self.versions = self._versions()
+        self.state = self._state()
+        self.twin, self.head = model, None
+        if kind is not None:
+            self.twin = substitute(model, kind, exact)
+            self.twin.compute_dtype = torch.float32 if kind == "float32" else torch.bfloat16
+            self.head = PackedLinear(lambda: model.head_weight, model.head_bias, kind, exact)
 
     def refresh(self) -> bool:
-        """Whether the weights have changed since the last call: by training, or by a file that was loaded."""
-        versions = self._versions()
-        if versions == self.versions:
+        """Whether the weights have changed since the last call; packs them again, in place."""
+        state = self._state()
+        if state == self.state:
             return False
-        self.versions = versions
+        self.state = state
+        for module in (*self.twin.modules(), self.head):
+            if isinstance(module, PackedLinear):
+                module.refresh()
         return True
 
-    def _versions(self) -> list[int]:
-        """PyTorch counts the changes of each tensor. (It misses those through `.data`.)"""
-        return [parameter._version for parameter in self.model.parameters()]
+    def _state(self) -> tuple[int, list[int], list[str | None]]:
+        """Counts each change of the weights, by an optimiser or otherwise, and of the active adapters.
+
+        PyTorch counts the changes of a tensor, but for those of fused optimisers and through `.data`.
+        """
+        adapters = [m.active for m in self.model.modules() if isinstance(m, LoraLinear)]
+        return optimizer_steps(), [p._version for p in self.model.parameters()], adapters
 
     @torch.no_grad()
     def run(
@@ -48,7 +85,7 @@ class Runner:
         self.cache.copy(copies)
         step = Step(self.cache, pieces, self.exact)
         ids = torch.tensor([[token for piece in pieces for token in piece.tokens]], device=step.device)
-        hidden = self.model.hidden(ids, cache=step)[0]
+        hidden = self.twin.hidden(ids, cache=step)[0]
         return (
             hidden
             if len(wanted) == len(hidden)
@@ -58,7 +95,10 @@ class Runner:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, V) float32."""
-        return self.model.logits(hidden).float()
+        if self.head is None:
+            return self.model.logits(hidden).float()
+        z, cap = self.head(hidden).float(), self.model.config.logit_softcap
+        return z if not cap else cap * (z / cap).tanh()
 
     @torch.no_grad()
     def score(self, hidden: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
