@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ def table_model(seed: int, vocabulary: int) -> Model:
     hidden = torch.randn(vocabulary + 1, vocabulary, 6, generator=generator)
     past = torch.randn(vocabulary, vocabulary, generator=generator) * 0.4
 
-    def read(tokens: list[int]) -> tuple[Tensor, Tensor]:
+    @cache
+    def look_up(tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         before = [vocabulary, *tokens[:-1]]
         ages = torch.arange(len(tokens))[:, None] - torch.arange(len(tokens))
-        faded = (0.8**ages).tril() @ past[tokens]
+        faded = (0.8**ages).tril() @ past[list(tokens)]
         return logits[before, tokens] + faded, hidden[before, tokens]
 
-    return read
+    return lambda tokens: look_up(tuple(tokens))
 
 
 def texts(vocabulary: int, length: int, stop_ids: tuple[int, ...]) -> Iterator[list[int]]:

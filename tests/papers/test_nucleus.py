@@ -60,7 +60,7 @@ def test_zipf_coefficient_is_the_exponent() -> None:
     assert zipf_coefficient(texts) == pytest.approx(1.3, abs=0.01)
 
 
-def arm(nats: float, bleu: float, loops: float, seed: int, n: int = 240) -> Arm:
+def arm(nats: float, bleu: float, loops: float, seed: int, n: int = 100) -> Arm:
     noise = np.random.default_rng(seed)
     each = [list(noise.integers(0, 50, 20)) for _ in range(n)]
     spread = noise.normal(0, 0.1, (2, n))
