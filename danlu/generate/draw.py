@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from danlu.core.errors import UserError
+from danlu.generate import kernels
 from danlu.generate.sampling import Row, RowError, choose, process
 
 
@@ -33,10 +35,19 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> list[Draw]:
         others = [i for i in range(len(rows)) if i != number]
         drawn = draw(logits[others], [rows[i] for i in others]) if others else []
         return [*drawn[:number], found, *drawn[number:]]
-    totals = logits.logsumexp(1)
+    totals = log_sums(logits)
     logprobs = (logits[np.arange(len(rows)), tokens] - totals).tolist()
     tops = [top_logprobs(logits[i] - totals[i], row.params.logprobs) for i, row in enumerate(rows)]
     return [Draw(*found) for found in zip(tokens, logprobs, tops, strict=True)]
+
+
+def log_sums(logits: Tensor) -> Tensor:
+    """(B,) log Σ exp of each row of logits (B, V) float32; on a processor the same for every B."""
+    if logits.device.type != "cpu":
+        return logits.logsumexp(1)
+    found = np.empty(len(logits))
+    kernels.log_sums(logits.numpy(), found)
+    return torch.from_numpy(found).float()
 
 
 def top_logprobs(logprobs: Tensor, n: int) -> list[tuple[int, float]]:

@@ -61,7 +61,7 @@ class FastRunner(Runner):
         self.out = empty((n, width, self.q_width), kind)
         self.gate_up = empty((n, 2 * ffn, width), kind)
         self.down = empty((n, width, ffn), kind)
-        self.head = empty((config.vocab_size, width), kind)
+        self.output = empty((config.vocab_size, width), kind)
         self.qkv_bias = torch.zeros(n, self.n_rows if config.qkv_bias else 0)
         self.norms, self.last_norm = torch.empty(n, 2, width), torch.empty(width)
         self.head_norms = torch.empty((n, 2, config.head_width) if config.qk_norm else (n, 0, 0))
@@ -81,7 +81,7 @@ class FastRunner(Runner):
     @property
     def n_bytes(self) -> int:
         """Of the packed weights, one copy."""
-        return sum(m.n_bytes for m in (self.qkv, self.out, self.gate_up, self.down, self.head))
+        return sum(m.n_bytes for m in (self.qkv, self.out, self.gate_up, self.down, self.output))
 
     def refresh(self) -> bool:
         """Packs the weights again, in place, where they have changed."""
@@ -111,7 +111,7 @@ class FastRunner(Runner):
                 self.head_norms[number, 0] = norm_weight(attention.q_norm)
                 self.head_norms[number, 1] = norm_weight(attention.k_norm)
         self.last_norm.copy_(norm_weight(self.model.norm))
-        pack(self.model.head_weight, self.head)
+        pack(self.model.head_weight, self.output)
         self.__dict__.pop("products", None)
 
     def _of(self, matrix: Matrix, number: int) -> Matrix:
@@ -122,7 +122,7 @@ class FastRunner(Runner):
         """qkv, out, gate_up and down of each layer, and last the head, as oneDNN packs them."""
         stacks = (self.qkv, self.out, self.gate_up, self.down)
         layers = [[reordered(self._of(m, n)) for m in stacks] for n in range(self.model.config.n_layers)]
-        return [*layers, [reordered(self.head)]]
+        return [*layers, [reordered(self.output)]]
 
     @torch.no_grad()
     def run(
@@ -145,16 +145,26 @@ class FastRunner(Runner):
             dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
             return multiply(hidden.to(dtype), self.products[-1][0]).float()
         found = np.empty((len(hidden), self.model.config.vocab_size), np.float32)
-        kernels.product(*self.head.arrays, hidden.numpy(), found, get_num_threads() * 4)
+        kernels.product(*self.output.arrays, hidden.numpy(), found, get_num_threads() * 4)
         return torch.from_numpy(found)
 
     def _rotations(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin (kinds, N, rotated / 2)."""
-        positions = torch.from_numpy(step.positions)
+        if self.whole:  # they hang on the length
+            return self._angles(torch.from_numpy(step.positions))
+        cos, sin = self._table
+        return cos[:, step.positions], sin[:, step.positions]
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of every position."""
+        return self._angles(torch.arange(self.model.config.max_positions))
+
+    def _angles(self, positions: Tensor) -> tuple[np.ndarray, np.ndarray]:
         found = [rotary(self.model.config, layer, positions) for layer in self.angle_layers]
-        pairs = [(cos[:, 0].numpy(), sin[:, 0].numpy()) for pair in found if pair for cos, sin in [pair]]
+        pairs = [(pair[0][:, 0].numpy(), pair[1][:, 0].numpy()) for pair in found if pair is not None]
         if not pairs:
-            return np.zeros((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.float32)
+            return np.zeros((1, len(positions), 1), np.float32), np.zeros((1, len(positions), 1), np.float32)
         return np.stack([cos for cos, _ in pairs]), np.stack([sin for _, sin in pairs])
 
     def _few(self, x: Tensor, step: Step) -> Tensor:

@@ -243,6 +243,47 @@ def attend(
         )
 
 
+# Numbers by numbers, and rows by rows: the same whatever stands beside them
+
+
+@njit(cache=True, parallel=True, fastmath=FAST)
+def log_sums(x: Any, y: Any) -> None:
+    """y (N,) float64 = log Σ exp of each row of x (N, V) float32."""
+    n, width = x.shape
+    for t in prange(n):
+        top = np.float32(-np.inf)
+        for i in range(width):
+            top = max(top, x[t, i])
+        total: Any = np.float64(0)
+        for begin in range(0, width, 256):
+            part = np.float32(0)
+            for i in range(begin, min(begin + 256, width)):
+                part += exp(x[t, i] - top)
+            total += np.float64(part)
+        y[t] = top + math.log(total) if top > -np.inf and top < np.inf else top * 0.0
+
+
+GELU, GELU_TANH, SILU, RELU, TANH = range(5)
+
+
+@njit(cache=True, parallel=True)
+def activate(kind: int, x: Any) -> None:
+    """An activation of x (N,) float32, in place."""
+    for i in prange(len(x)):
+        v = x[i]
+        if kind == GELU:
+            x[i] = np.float32(0.5) * v * (np.float32(1) + np.float32(math.erf(v * np.float32(0.70710678))))
+        elif kind == GELU_TANH:
+            inner = np.float32(0.79788456) * (v + np.float32(0.044715) * v * v * v)
+            x[i] = np.float32(0.5) * v * (np.float32(1) + np.float32(math.tanh(inner)))
+        elif kind == SILU:
+            x[i] = v / (np.float32(1) + np.float32(math.exp(-v)))
+        elif kind == RELU:
+            x[i] = max(v, np.float32(0))
+        else:
+            x[i] = np.float32(math.tanh(v))
+
+
 # A whole pass of a model of LLaMA's kind, for few tokens
 
 

@@ -7,6 +7,7 @@ byte i of 16 holds number i in its low half and number i + 16 in its high half. 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from danlu.core.errors import UserError
 from danlu.generate import kernels
 from danlu.generate.paged import as_array
-from danlu.model.layers import Linear
+from danlu.model.layers import FeedForward, Linear
 from danlu.model.lora import LoraLinear
 from danlu.model.quantised import QuantisedLinear
 from danlu.model.transformer import Transformer
@@ -143,7 +144,7 @@ class PackedLinear(nn.Module):
             y = F.linear(rows, unpack(self.matrix).to(x.dtype))
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], len(self.matrix.data))
 
 
 def substitute(model: Transformer, kind: Kind, exact: bool) -> Transformer:
@@ -154,7 +155,30 @@ def substitute(model: Transformer, kind: Kind, exact: bool) -> Transformer:
     found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     for name, module in found.items():
         if name.rpartition(".")[0] not in found and module is not model.head:  # not the base of an adapter
-            twin.set_submodule(
-                name, PackedLinear(lambda module=module: weight_of(module), bias_of(module), kind, exact)
-            )
+            packed = PackedLinear(partial(weight_of, module), bias_of(module), kind, exact)
+            twin.set_submodule(name, packed)
+    if exact:
+        for part in twin.modules():
+            if isinstance(part, FeedForward):
+                part.activation = steady(part.kind)
     return twin
+
+
+_STEADY = {
+    **dict.fromkeys(("swiglu", "silu"), kernels.SILU),
+    **dict.fromkeys(("geglu", "gelu"), kernels.GELU),
+    **dict.fromkeys(("geglu_tanh", "gelu_tanh"), kernels.GELU_TANH),
+    "relu": kernels.RELU,
+    "tanh": kernels.TANH,
+}
+
+
+def steady(name: str) -> Callable[[Tensor], Tensor]:
+    """An activation whose results don't hang on a number's place: PyTorch computes the last few otherwise."""
+
+    def apply(x: Tensor) -> Tensor:
+        y = x.float().clone(memory_format=torch.contiguous_format)
+        kernels.activate(_STEADY[name], y.view(-1).numpy())
+        return y.to(x.dtype)
+
+    return apply

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from danlu.generate.blocks import Piece
-from danlu.generate.packed import Kind, PackedLinear, substitute
+from danlu.generate.draw import log_sums
+from danlu.generate.packed import Kind, PackedLinear, steady, substitute
 from danlu.generate.paged import PagedCache, Step
 from danlu.model.lora import LoraLinear
 from danlu.model.transformer import Transformer
@@ -48,7 +49,8 @@ class Runner:
         self.whole = scaling is not None and scaling.kind in ("dynamic", "longrope")
         """Whether a sequence has to be read in one piece, and alone: angles hang on its length."""
         self.state = self._state()
-        self.twin, self.head = model, None
+        self.twin = model
+        self.head: PackedLinear | None = None
         if kind is not None:
             self.twin = substitute(model, kind, exact)
             self.twin.compute_dtype = torch.float32 if kind == "float32" else torch.bfloat16
@@ -98,7 +100,9 @@ class Runner:
         if self.head is None:
             return self.model.logits(hidden).float()
         z, cap = self.head(hidden).float(), self.model.config.logit_softcap
-        return z if not cap else cap * (z / cap).tanh()
+        if not cap:
+            return z
+        return cap * (steady("tanh")(z / cap) if self.exact else (z / cap).tanh())
 
     @torch.no_grad()
     def score(self, hidden: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -109,6 +113,6 @@ class Runner:
         for rows, wanted in zip(hidden.split(size), ids.split(size), strict=True):
             logits = self.logits(rows)
             chosen = logits.gather(1, wanted[:, None])[:, 0]
-            logprobs.append(chosen - logits.logsumexp(1))
+            logprobs.append(chosen - log_sums(logits))
             greedy.append(logits.argmax(1) == wanted)
         return torch.cat(logprobs).cpu(), torch.cat(greedy).cpu()

@@ -70,7 +70,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, width: int, kind: Activation) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[kind]
+        self.kind, self.activation = kind, ACTIVATIONS[kind]
         self.gate = Linear(config.width, width, config.ffn_bias) if is_gated(kind) else None
         self.up = Linear(config.width, width, config.ffn_bias)
         self.down = Linear(width, config.width, config.ffn_bias)
