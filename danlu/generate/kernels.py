@@ -19,7 +19,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
-from danlu.generate.vectors import LANES, add_rows, dots1, dots2, dots4
+from danlu.generate.vectors import LANES, add_rows1, add_rows2, add_rows3, add_rows4, dots1, dots2, dots4
 
 POSITIONS = LANES
 """In a block of the cache: a vector of them."""
@@ -142,6 +142,21 @@ def product(w: Any, factors: Any, x: Any, y: Any, parts: int) -> None:
 # Attention
 
 
+@register_jitable
+def add_rows(a: Any, a_at: int, m: Any, n: int, y: Any, y_at: int) -> None:
+    """y[h, y_at:] += Σ a[h, a_at + k] · m[k] over the first n rows of m, for each line h."""
+    lines = len(a)
+    for h in range(0, lines - 3, 4):
+        add_rows4(a, a_at, m, n, y, y_at, h)
+    rest = lines & 3
+    if rest == 3:
+        add_rows3(a, a_at, m, n, y, y_at, lines - 3)
+    elif rest == 2:
+        add_rows2(a, a_at, m, n, y, y_at, lines - 2)
+    elif rest == 1:
+        add_rows1(a, a_at, m, n, y, y_at, lines - 1)
+
+
 @register_jitable(fastmath=FAST)
 def attend_one(
     q: Any,
@@ -152,54 +167,60 @@ def attend_one(
     first: int,
     scale: Any,
     softcap: Any,
-    slope: Any,
+    slopes: Any,
     group: int,
     scores: Any,
     out: Any,
 ) -> None:
-    """One head q (E,) of one token over the positions first … last of key-value head `group`.
+    """Heads q (heads, E) of one token, which share keys and values, over the positions first … last.
 
-    `scores` (≥ positions,) is scratch; `slope`: ALiBi's, 0 = none. Writes out (E,).
+    `scores` (heads, ≥ positions) is scratch; `slopes` (heads,): ALiBi's, or none. Writes out (heads, E).
     """
-    e = len(q)
+    heads, e = q.shape
     begin, end = first // POSITIONS, last // POSITIONS + 1
     n, skipped, seen = (end - begin) * POSITIONS, first - begin * POSITIONS, last + 1 - begin * POSITIONS
-    scores[:n] = 0
+    for h in range(heads):
+        for j in range(n):
+            scores[h, j] = 0
     for b in range(begin, end):
-        at = (b - begin) * POSITIONS
-        add_rows(q, keys[table[b], group], e, scores[at : at + POSITIONS])
-    if softcap > 0:
+        add_rows(q, 0, keys[table[b], group], e, scores, (b - begin) * POSITIONS)
+    for h in range(heads):
+        line = scores[h]
+        if softcap > 0:
+            for j in range(n):
+                line[j] = np.float32(math.tanh(line[j] * scale / softcap)) * softcap
+        else:
+            for j in range(n):
+                line[j] *= scale
+        if len(slopes):
+            for j in range(n):
+                line[j] -= slopes[h] * np.float32(seen - 1 - j)
+        top = np.float32(-np.inf)
+        for j in range(skipped, seen):
+            top = max(top, line[j])
         for j in range(n):
-            scores[j] = np.float32(math.tanh(scores[j] * scale / softcap)) * softcap
-    else:
-        for j in range(n):
-            scores[j] *= scale
-    if slope > 0:
-        for j in range(n):
-            scores[j] -= slope * np.float32(seen - 1 - j)
-    top = np.float32(-np.inf)
-    for j in range(skipped, seen):
-        top = max(top, scores[j])
-    for j in range(n):
-        scores[j] = exp(scores[j] - top)
-    # What lies before the window doesn't count; what lies behind the last token was never written.
-    scores[:skipped] = 0
-    total = np.float32(0)
-    for j in range(seen):
-        total += scores[j]
-    factor = np.float32(1) / total
-    out[:] = 0
+            line[j] = exp(line[j] - top)
+        # What lies before the window doesn't count; what lies behind the last token was never written.
+        for j in range(skipped):
+            line[j] = 0
+        total = np.float32(0)
+        for j in range(seen):
+            total += line[j]
+        factor = np.float32(1) / total
+        for j in range(seen):
+            line[j] *= factor
+        for i in range(e):
+            out[h, i] = 0
     whole = e & ~(LANES - 1)
     for b in range(begin, end):
         at = (b - begin) * POSITIONS
         count = min(POSITIONS, seen - at)
         v = values[table[b], group]
-        add_rows(scores[at : at + POSITIONS], v, count, out)
+        add_rows(scores, at, v, count, out, 0)
         for i in range(whole, e):  # numbers that fill no vector
-            for j in range(count):
-                out[i] += scores[at + j] * wide(v[j, i])
-    for i in range(e):
-        out[i] *= factor
+            for h in range(heads):
+                for j in range(count):
+                    out[h, i] += scores[h, at + j] * wide(v[j, i])
 
 
 @njit(cache=True, parallel=True)
@@ -221,14 +242,15 @@ def attend(
     tables (sequences, blocks) int32; rows (N,): each token's sequence; positions (N,). A query sees the
     positions up to its own, `window` of them (0 = all). slopes (H,) or none. Writes out (N, H, E) float32.
     """
-    n_heads = q.shape[1]
-    heads = n_heads // keys.shape[1]
-    for task in prange(len(q) * n_heads):
-        t, head = task // n_heads, task % n_heads
+    n_groups = keys.shape[1]
+    heads = q.shape[1] // n_groups
+    for task in prange(len(q) * n_groups):
+        t, group = task // n_groups, task % n_groups
         last = positions[t]
         first = max(0, last + 1 - window) if window else 0
+        begin, end = group * heads, (group + 1) * heads
         attend_one(
-            q[t, head],
+            q[t, begin:end],
             keys,
             values,
             tables[rows[t]],
@@ -236,10 +258,10 @@ def attend(
             first,
             scale,
             softcap,
-            slopes[head] if len(slopes) else np.float32(0),
-            head // heads,
-            np.empty(last - first + 2 * POSITIONS, np.float32),
-            out[t, head],
+            slopes[begin:end] if len(slopes) else slopes,
+            group,
+            np.empty((heads, last - first + 2 * POSITIONS), np.float32),
+            out[t, begin:end],
         )
 
 
@@ -439,13 +461,13 @@ def decode(
     inner = np.empty((n_tokens, ffn), np.float32)
     added = np.zeros((n_tokens, width), np.float32)
     n_rows = qkv.shape[1]
-    zero = np.float32(0)
+    zero, none = np.float32(0), np.empty(0, np.float32)
     for part in prange(n_threads):
         target = 0
         longest = 0
         for t in range(n_tokens):
             longest = max(longest, positions[t])
-        scores = np.empty(longest + 2 * POSITIONS, np.float32)
+        scores = np.empty((heads, longest + 2 * POSITIONS), np.float32)
         for layer in range(n_layers):
             for t in range(part, n_tokens, n_threads):
                 for i in range(width):
@@ -482,11 +504,16 @@ def decode(
             target += n_threads
             wait_for_all(counter, target)
 
-            for task in range(part, n_tokens * n_groups * heads, n_threads):
-                t, head = task // (n_groups * heads), task % (n_groups * heads)
+            # One head at a time where there are few, so that no thread has more to do than the others.
+            together = heads if n_tokens * n_groups >= 4 * n_threads else 1
+            for task in range(part, n_tokens * n_groups * heads // together, n_threads):
+                t, head = (
+                    task // (n_groups * heads // together),
+                    task % (n_groups * heads // together) * together,
+                )
                 last = positions[t]
                 attend_one(
-                    mixed[t, head * e : (head + 1) * e],
+                    mixed[t, head * e : (head + together) * e].reshape(together, e),
                     keys[layer],
                     values[layer],
                     tables[rows[t]],
@@ -494,10 +521,10 @@ def decode(
                     max(0, last + 1 - windows[layer]) if windows[layer] else 0,
                     scale,
                     zero,
-                    zero,
+                    none,
                     head // heads,
-                    scores,
-                    read[t, head * e : (head + 1) * e],
+                    scores[:together],
+                    read[t, head * e : (head + together) * e].reshape(together, e),
                 )
             target += n_threads
             wait_for_all(counter, target)

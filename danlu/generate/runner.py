@@ -1,10 +1,11 @@
 """The model as the engine sees it: pieces of sequences in, the vectors of the tokens asked about out."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from danlu.generate.blocks import Piece
@@ -72,8 +73,17 @@ class Runner:
 
         PyTorch counts the changes of a tensor, but for those of fused optimisers and through `.data`.
         """
-        adapters = [m.active for m in self.model.modules() if isinstance(m, LoraLinear)]
-        return optimizer_steps(), [p._version for p in self.model.parameters()], adapters
+        parameters, adapted = self._parts
+        return optimizer_steps(), [p._version for p in parameters], [layer.active for layer in adapted]
+
+    @cached_property
+    def _parts(self) -> tuple[list[nn.Parameter], list[LoraLinear]]:
+        adapted = [module for module in self.model.modules() if isinstance(module, LoraLinear)]
+        return list(self.model.parameters()), adapted
+
+    def look_again(self) -> None:
+        """Before new requests: the model may have got adapters, or lost them."""
+        self.__dict__.pop("_parts", None)
 
     @torch.no_grad()
     def run(

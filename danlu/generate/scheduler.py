@@ -113,6 +113,9 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def submit(self, job: Job) -> None:
+        if self.idle:
+            for lane in self.lanes:
+                lane.runner.look_again()
         self.waiting.append(job)
 
     def cancel(self, job: Job) -> None:

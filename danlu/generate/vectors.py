@@ -177,21 +177,35 @@ def _dots(n_tokens: int) -> Any:
     return typing
 
 
-def _product_of_rows() -> Callable[..., Any]:
-    """add_rows(a, m, n, y): y (16 C,) += Σ a[k] · m[k] over the first n rows k of m (K, 16 C)."""
+def _product_of_rows(n_lines: int) -> Callable[..., Any]:
+    """add_rows(a, a_at, m, n, y, y_at, line): y[h, y_at:] += Σ a[h, a_at + k] · m[k] for the first n rows of m.
 
-    def typing(_: Any, a: Any, m: Any, n: Any, y: Any) -> Any:
+    h: the next `n_lines` lines from `line` on; m (K, 16 C) is as wide as what is added to.
+    """
+
+    def typing(_: Any, a: Any, a_at: Any, m: Any, n: Any, y: Any, y_at: Any, line: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            a_, m_, n_, y_ = _arrays(context, builder, signature, arguments)
+            a_, a_at_, m_, n_, y_, y_at_, line_ = _arrays(context, builder, signature, arguments)
             width = cgutils.unpack_tuple(builder, m_.shape)[1]
+            strides = [cgutils.unpack_tuple(builder, array.shape)[1] for array in (a_, y_)]
+
+            def start(array: Any, stride: Any, at: Any, line: int) -> Any:
+                """The address of number `at` of a line."""
+                index = builder.add(builder.mul(builder.add(line_, _word(line)), stride), at)
+                return _at(builder, array, FLOAT, index)
+
+            factors = [start(a_, strides[0], a_at_, line) for line in range(n_lines)]
+            results = [start(y_, strides[1], y_at_, line) for line in range(n_lines)]
             with cgutils.for_range(builder, builder.sdiv(width, _word(LANES))) as chunk:
                 column = builder.mul(chunk.index, _word(LANES))
-                sums = _Sums(builder, UNROLL)
+                sums = _Sums(builder, n_lines * UNROLL)
 
                 def row(number: Any, unroll: int, column: Any = column, sums: _Sums = sums) -> None:
-                    factor = builder.load(_at(builder, a_, FLOAT, number), typ=FLOAT)
-                    at = builder.add(builder.mul(number, width), column)
-                    sums.add(unroll, _splat(builder, factor), _wide(builder, m_, m.dtype, at))
+                    values = _wide(builder, m_, m.dtype, builder.add(builder.mul(number, width), column))
+                    for line, start in enumerate(factors):
+                        place = builder.gep(start, [number], source_etype=FLOAT)
+                        factor = _splat(builder, builder.load(place, typ=FLOAT))
+                        sums.add(line * UNROLL + unroll, factor, values)
 
                 whole = builder.sdiv(n_, _word(UNROLL))
                 with cgutils.for_range(builder, whole) as loop:
@@ -201,13 +215,15 @@ def _product_of_rows() -> Callable[..., Any]:
                 done = builder.mul(whole, _word(UNROLL))
                 with cgutils.for_range(builder, builder.sub(n_, done)) as loop:
                     row(builder.add(done, loop.index), 0)
-                total = sums.total(range(UNROLL))
-                place = _at(builder, y_, FLOAT, column)
-                total = builder.fadd(total, _load(builder, place, FLOAT, 4))
-                builder.store(total, builder.bitcast(place, FLOATS.as_pointer()), align=4)
+                for line, start in enumerate(results):
+                    place = builder.gep(start, [column], source_etype=FLOAT)
+                    total = sums.total(range(line * UNROLL, (line + 1) * UNROLL))
+                    total = builder.fadd(total, _load(builder, place, FLOAT, 4))
+                    builder.store(total, builder.bitcast(place, FLOATS.as_pointer()), align=4)
             return context.get_dummy_value()
 
-        return types.void(a, m, types.int64, y), build
+        words = types.int64
+        return types.void(a, words, m, words, y, words, words), build
 
     return typing
 
@@ -215,4 +231,7 @@ def _product_of_rows() -> Callable[..., Any]:
 dots1: Any = intrinsic(_dots(1))
 dots2: Any = intrinsic(_dots(2))
 dots4: Any = intrinsic(_dots(4))
-add_rows: Any = intrinsic(_product_of_rows())
+add_rows1: Any = intrinsic(_product_of_rows(1))
+add_rows2: Any = intrinsic(_product_of_rows(2))
+add_rows3: Any = intrinsic(_product_of_rows(3))
+add_rows4: Any = intrinsic(_product_of_rows(4))
