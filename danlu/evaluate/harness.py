@@ -3,9 +3,10 @@
     from lm_eval import simple_evaluate
     simple_evaluate(EngineLM(engine), tasks=["arc_easy"])
 
-Texts become ids as in the harness's `hf` backend, so that the numbers can be compared: what stands before a
-document stands before a context, and the text of a special token becomes that token, since the harness
-hands over a rendered conversation as text. Importing this raises UserError where lm-eval is missing.
+Texts become ids as in the harness's `hf` backend, so that the numbers can be compared: the text of a special
+token becomes that token, since the harness hands over a rendered conversation as text. Two things differ
+where a tokenizer begins documents with a token: a conversation begins as its template says, which is how it
+is served, and a whole text gets that token once. Importing this raises UserError where lm-eval is missing.
 """
 
 import json
@@ -81,9 +82,9 @@ class EngineLM(TemplateLM):
         return tokenizers.Tokenizer.from_str(self.tokenizer.backend.to_str())
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; unless told otherwise, with a document's start, once."""
+        """Ids of a text. None: it begins like a document, unless a special token begins it already."""
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self._parser.id_to_token(self.prefix_token_id))
+            add_special_tokens = not string.startswith(tuple(self.tokenizer.special_ids))
         return self._parser.encode(string, add_special_tokens=add_special_tokens).ids
 
     def apply_chat_template(
@@ -130,11 +131,7 @@ class EngineLM(TemplateLM):
         return context[-room:], continuation
 
     def loglikelihood_rolling(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts; a long one in windows, each token with all the context that fits.
-
-        Before the first token stands the prefix token, once: the harness's `hf` backend puts it twice where
-        the tokenizer begins documents with it.
-        """
+        """Log-probability of whole texts; a long one in windows, each with all the context that fits."""
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
