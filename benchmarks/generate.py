@@ -9,9 +9,9 @@ pip install -c constraints.txt '.[bench]' (llama-cpp-python compiles for minutes
 
 Timed are, in each turn, a call for one token, which is the prompt's time, and a call for all of them; tokens
 per second are those behind the first over the difference. `whole` is all tokens over the whole call. The
-weights are those of the Q4_1 file in every format; `same` is how many of the first 16 tokens agree, on average
-over 16 prompts, with transformers in float32. The run fails where a contestant in float32 has less than 15,
-or any other less than 4.
+weights are those of the Q4_1 file in every format; `same` is how many of the first 16 tokens agree, on
+average over 16 prompts, with transformers in float32. The run fails where a contestant in float32 has less
+than 15, or any other less than 4.
 
 The share of memory bandwidth is the bytes of the matrices that a step must read, times steps, over time and
 the rate at which all cores read memory (a sum over 1 GB, measured in every turn). It says how far batch 1 is

@@ -8,8 +8,8 @@ continuation. Every contestant is a process of its own; a turn is a part of the 
 subjects, that one after the other scores while the others sleep; the ratio of times is taken within a turn.
 
 Compared are the log-likelihoods in float32; the decisions (the likeliest choice) in float32, where the best
-two choices are further apart than 2e-3; and how often each one's decision in bf16 is that in float32. The `hf`
-backend gets batches of --batch-size, as its user would choose; danlu is handed all requests of a turn.
+two choices are further apart than 2e-3; and how often each one's decision in bf16 is that in float32. The
+`hf` backend gets batches of --batch-size, as its user would choose; danlu is handed all requests of a turn.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class Question:
 
 
 def read_questions(archive: Path, count: int) -> list[Question]:
-    """`count` questions and a few for the warm-up behind them: drawn over all subjects, then in their order."""
+    """`count` questions drawn over all subjects, in their order, and behind them a few for the warm-up."""
     parts: dict[str, dict[str, list[list[str]]]] = {"dev": {}, "test": {}}
     with tarfile.open(archive) as files:
         for member in files:
@@ -141,7 +142,7 @@ def _ask(question: str) -> str:
 
 
 def encode(questions: list[Question]) -> list[list[Request]]:
-    """For each question the requests of its choices: the ids of the whole text, cut where the context ends."""
+    """For each question the requests of its choices: the whole text's ids, cut where the context ends."""
     from danlu.model.checkpoint import resolve
     from danlu.tokens.load import load_tokenizer
 
@@ -229,7 +230,7 @@ def shared_tokens(requests: list[Request]) -> int:
     """Tokens to read where each prefix is read once: the nodes of the tree of all requests."""
     wholes = sorted(context + continuation[:-1] for context, continuation in requests)
     total = len(wholes[0])
-    for before, ids in zip(wholes, wholes[1:], strict=False):
+    for before, ids in pairwise(wholes):
         pairs = zip(before, ids, strict=False)
         total += len(ids) - next(
             (number for number, (a, b) in enumerate(pairs) if a != b), min(len(before), len(ids))
@@ -304,8 +305,8 @@ def table(result: dict[str, Any]) -> str:
         f"{compared['other_decisions']} decisions differ, {compared['other_decisions_beyond_gap']} of them "
         f"where the best two are further apart than {GAP:g}",
         f"bf16 decides as float32 does: danlu {agrees['danlu']:.1%}, hf {agrees['hf']:.1%}",
-        f"{tokens['without_sharing']} tokens, {tokens['prefixes_shared']} where prefixes are read once; other "
-        f"processes took {result['others_share_of_processor']:.1%} of the processor",
+        f"{tokens['without_sharing']} tokens, {tokens['prefixes_shared']} where prefixes are read once",
+        f"other processes took {result['others_share_of_processor']:.1%} of the processor",
     ]
     return "\n".join(lines)
 
