@@ -302,13 +302,12 @@ def prepare(folder: Path, programs: set[str]) -> None:
             )
 
 
-def draw_prompts(count: int) -> list[list[int]]:
+def draw_prompts(count: int, folder: Path) -> list[list[int]]:
     """The beginnings of `count` different conversations of the package chitchat-dataset, in ids."""
     from danlu.data.chitchat import read_chitchat
-    from danlu.model.checkpoint import resolve
     from danlu.tokens.load import load_tokenizer
 
-    tokenizer = load_tokenizer(resolve(MODEL))
+    tokenizer = load_tokenizer(folder / "hf")
     found = (tokenizer.encode(document.text)[:N_IN] for document in read_chitchat())
     prompts = list(islice((ids for ids in found if len(ids) == N_IN), count))
     if len({tuple(ids[:8]) for ids in prompts}) < count / 2:
@@ -395,7 +394,7 @@ def measure(names: list[str], batches: list[int], alternations: int, folder: Pat
             left_out[name] = str(reason)
             say(f"{name} is left out: {reason}")
     sets = max(batches) * (2 * (alternations + 1) * len(batches)) + N_PROMPTS
-    pool = iter(draw_prompts(sets))
+    pool = iter(draw_prompts(sets, folder))
     compare(racers, list(islice(pool, N_PROMPTS)))
     for batch in batches:
         one, all_of_them = list(islice(pool, batch)), list(islice(pool, batch))

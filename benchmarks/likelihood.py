@@ -141,12 +141,11 @@ def _ask(question: str) -> str:
     return f"Question: {question.strip()}\nAnswer:"
 
 
-def encode(questions: list[Question]) -> list[list[Request]]:
+def encode(questions: list[Question], folder: Path) -> list[list[Request]]:
     """For each question the requests of its choices: the whole text's ids, cut where the context ends."""
-    from danlu.model.checkpoint import resolve
     from danlu.tokens.load import load_tokenizer
 
-    tokenizer = load_tokenizer(resolve(MODEL))
+    tokenizer = load_tokenizer(folder)
     found = []
     for question in questions:
         context = tokenizer.encode(question.context)
@@ -193,7 +192,7 @@ class Contestant:
 
 def measure(questions: list[Question], turns: int, batch_size: int, folder: Path) -> dict[str, Any]:
     """All contestants on all questions. Returns the rows, ratios and comparisons of the result."""
-    *requests, first, second = encode(questions)
+    *requests, first, second = encode(questions, folder)
     racers = {}
     for name in CONTESTANTS:
         racers[name] = Contestant(name, folder, batch_size)
