@@ -110,12 +110,10 @@ class EngineLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether every token of it is the most probable one)."""
-        answers = [
-            (found.logprob, found.greedy)
-            for found in self.engine.likelihoods([self._fitting(*ids) for _, *ids in requests])
-        ]
-        for (texts, *_), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        pairs = [self._fitting(context, continuation) for _texts, context, continuation in requests]
+        answers = [(found.logprob, found.greedy) for found in self.engine.likelihoods(pairs)]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
     def _fitting(self, context: list[int], continuation: list[int]) -> Request:
