@@ -74,6 +74,9 @@ CONTESTANTS = {
 }
 REFERENCE = "transformers float32"
 
+_KEPT: dict[str, Any] = {}
+"""What a process makes once."""
+
 
 # The contestants: each gets the folder with the converted models, and returns its `Generate`.
 
@@ -151,6 +154,7 @@ def llama_cpp_program(dtype: str, folder: Path) -> Generate:
     def silent(level: int, text: bytes, data: Any) -> None:
         pass
 
+    _KEPT["silent"] = silent  # it is called for as long as the process lives
     llama_cpp.llama_log_set(silent, None)
     llama_cpp.llama_backend_init()
     settings = llama_cpp.llama_model_default_params()
@@ -340,9 +344,6 @@ def bandwidth() -> float:
     return table.nbytes / best
 
 
-_KEPT: dict[str, Any] = {}
-
-
 def _table(np: Any) -> Any:
     return _KEPT.setdefault("table", np.ones(1 << 28, np.float32))
 
@@ -504,7 +505,7 @@ def main() -> None:
     parser.add_argument("--alternations", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
     from danlu.core.device import machine
 

@@ -317,8 +317,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="of the hf backend")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     archive = Path(os.environ.get("DANLU_DATA", "")) / "mmlu" / "data.tar.gz"
     if "DANLU_DATA" not in os.environ or not archive.is_file():
         parser.error("set DANLU_DATA to a folder with mmlu/data.tar.gz; docs/data.md says what it is")
