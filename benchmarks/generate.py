@@ -1,0 +1,523 @@
+"""Generation speed on smollm2: danlu beside transformers, ctranslate2 and llama.cpp, in turns.
+
+    python benchmarks/generate.py [--batches 1 16] [--contestants NAME ...] [--alternations 7] [--json FILE]
+
+128 tokens in, 128 out, greedy, nothing stops. Every contestant is a process of its own. All are started, have
+their answers compared, are warmed up, and then run by turns while the others sleep. Each call has prompts of
+its own, so that nobody answers from what it computed before. What isn't installed is left out, by name:
+pip install -c constraints.txt '.[bench]' (llama-cpp-python compiles for minutes).
+
+Timed are, in each turn, a call for one token, which is the prompt's time, and a call for all of them; tokens
+per second are those behind the first over the difference. `whole` is all tokens over the whole call. The
+weights are those of the Q4_1 file in every format; `same` is how many of the first 16 tokens agree, on
+average over 16 prompts, with transformers in float32. The run fails where a contestant in float32 has less
+than 15, or any other less than 4.
+
+The share of memory bandwidth is the bytes of the matrices that a step must read, times steps, over time and
+the rate at which all cores read memory (a sum over 1 GB, measured in every turn). It says how far batch 1 is
+from what the machine can do; at batch 16 arithmetic counts as well.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from train_throughput import Quietness, median_interval, say
+
+from danlu.core.host import cores
+
+MODEL = "smollm2"
+N_IN = N_OUT = 128
+N_PROMPTS = 16
+N_COMPARED = 16
+"""Tokens of each answer that are compared before the race."""
+
+Generate = Callable[[list[list[int]], int], list[list[int]]]
+"""Prompts of equal length and a number of tokens → that many tokens for each."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """Who computes, with weights in what."""
+
+    program: str
+    dtype: str
+    bits: float
+    """Of a weight. llama.cpp's files say it themselves."""
+    agrees: int = 4
+    """Least number of the compared tokens that are those of float32."""
+
+
+CONTESTANTS = {
+    "danlu float32": Format("danlu", "float32", 32, agrees=15),
+    "danlu bf16": Format("danlu", "bf16", 16),
+    "danlu int8": Format("danlu", "int8", 8),
+    "danlu int4": Format("danlu", "int4", 4),
+    "transformers float32": Format("transformers", "float32", 32, agrees=15),
+    "transformers bf16": Format("transformers", "bfloat16", 16),
+    "ctranslate2 float32": Format("ctranslate2", "float32", 32, agrees=15),
+    "ctranslate2 int8": Format("ctranslate2", "int8", 8),
+    "llama.cpp bf16": Format("llama.cpp", "bfloat16", 16),
+    "llama.cpp Q8_0": Format("llama.cpp", "q8_0", 8.5),
+    "llama.cpp Q4_1": Format("llama.cpp", "as it is", 5),
+}
+REFERENCE = "transformers float32"
+
+_KEPT: dict[str, Any] = {}
+"""What a process makes once."""
+
+
+# The contestants: each gets the folder with the converted models, and returns its `Generate`.
+
+
+def danlu_program(dtype: str, folder: Path) -> Generate:
+    import torch
+
+    import danlu
+    from danlu.generate.sampling import SamplingParams
+
+    torch.set_num_threads(cores())
+    model, tokenizer = danlu.load(MODEL, dtype=torch.float32)
+    engine: Any = danlu.Engine(model, tokenizer, dtype=dtype)  # type: ignore[call-arg]
+
+    def generate(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
+        params = SamplingParams(max_tokens=n_tokens, temperature=0, stop_ids=())
+        return [completion.ids for completion in engine.generate(prompts, params)]
+
+    return generate
+
+
+def transformers_program(dtype: str, folder: Path) -> Generate:
+    import torch
+    import transformers
+
+    torch.set_num_threads(cores())
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=getattr(torch, dtype))
+    model.generation_config.eos_token_id = None
+
+    @torch.no_grad()
+    def generate(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
+        ids = torch.tensor(prompts)
+        answer = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=n_tokens,
+            pad_token_id=0,
+        )
+        return answer[:, ids.shape[1] :].tolist()
+
+    return generate
+
+
+def ctranslate2_program(dtype: str, folder: Path) -> Generate:
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+
+    # Converted to its own format here: two processes don't share a folder.
+    converted = folder / f"ctranslate2-{dtype}"
+    TransformersConverter(str(folder / "hf")).convert(str(converted), quantization=dtype, force=True)
+    generator = ctranslate2.Generator(str(converted), device="cpu", compute_type=dtype, intra_threads=cores())
+    names = json.loads((folder / "vocabulary.json").read_text("utf-8"))
+    ids_of = {name: number for number, name in enumerate(names)}
+
+    def generate(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
+        answers = generator.generate_batch(
+            [[names[number] for number in ids] for ids in prompts],
+            max_length=n_tokens,
+            include_prompt_in_result=False,
+            sampling_topk=1,
+            end_token=[len(names) - 1],  # another one than the model's: a rare word ends nothing here
+        )
+        return [[ids_of[name] for name in answer.sequences[0]] for answer in answers]
+
+    return generate
+
+
+def llama_cpp_program(dtype: str, folder: Path) -> Generate:
+    """Its lower interface: all sequences are one llama_batch, as in its own llama-batched-bench."""
+    import llama_cpp
+    import numpy as np
+
+    @llama_cpp.llama_log_callback
+    def silent(level: int, text: bytes, data: Any) -> None:
+        pass
+
+    _KEPT["silent"] = silent  # it is called for as long as the process lives
+    llama_cpp.llama_log_set(silent, None)
+    llama_cpp.llama_backend_init()
+    settings = llama_cpp.llama_model_default_params()
+    model = llama_cpp.llama_model_load_from_file(str(gguf_of(dtype, folder)).encode(), settings)
+    n_words = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    contexts: dict[int, Any] = {}
+
+    def context_of(n_sequences: int) -> Any:
+        if n_sequences not in contexts:
+            wanted = llama_cpp.llama_context_default_params()
+            wanted.n_ctx = n_sequences * 2 * (N_IN + N_OUT)
+            wanted.n_batch = n_sequences * N_IN
+            wanted.n_seq_max = n_sequences
+            wanted.n_threads = wanted.n_threads_batch = cores()
+            contexts[n_sequences] = llama_cpp.llama_init_from_model(model, wanted)
+        return contexts[n_sequences]
+
+    def decode(context: Any, batch: Any, rows: list[list[int]], start: int) -> list[int]:
+        """Reads the next tokens of every sequence; the most probable one after each."""
+        place = 0
+        for sequence, ids in enumerate(rows):
+            for offset, token in enumerate(ids):
+                batch.token[place] = token
+                batch.pos[place] = start + offset
+                batch.n_seq_id[place] = 1
+                batch.seq_id[place][0] = sequence
+                batch.logits[place] = offset == len(ids) - 1
+                place += 1
+        batch.n_tokens = place
+        if code := llama_cpp.llama_decode(context, batch):
+            raise RuntimeError(f"llama_decode ends with {code}")
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (len(rows), n_words))
+        return logits.argmax(axis=1).tolist()
+
+    def generate(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
+        context = context_of(len(prompts))
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
+        batch = llama_cpp.llama_batch_init(len(prompts) * N_IN, 0, 1)
+        steps = [decode(context, batch, prompts, 0)]
+        while len(steps) < n_tokens:
+            steps.append(decode(context, batch, [[token] for token in steps[-1]], N_IN + len(steps) - 1))
+        llama_cpp.llama_batch_free(batch)
+        return [list(row) for row in zip(*steps, strict=True)]
+
+    return generate
+
+
+PROGRAMS: dict[str, Callable[[str, Path], Generate]] = {
+    "danlu": danlu_program,
+    "transformers": transformers_program,
+    "ctranslate2": ctranslate2_program,
+    "llama.cpp": llama_cpp_program,
+}
+
+
+def contestant(name: str, folder: Path, connection: Connection) -> None:
+    """The main function of a contestant's process: (prompts, tokens) in, (seconds, answers) out."""
+    sys.stdout = sys.stderr
+    program = CONTESTANTS[name]
+    try:
+        generate = PROGRAMS[program.program](program.dtype, folder)
+    except Exception as error:  # a program that isn't here, or lacks this format, is left out by name
+        connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
+        return
+    connection.send(None)
+    while (asked := connection.recv()) is not None:
+        prompts, n_tokens = asked
+        start = time.perf_counter()
+        answers = generate(prompts, n_tokens)
+        connection.send((time.perf_counter() - start, answers))
+
+
+# The controller.
+
+
+class Absent(Exception):
+    """Why a contestant can't take part."""
+
+
+class Contestant:
+    """A contestant's process, seen from outside."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name, self.format = name, CONTESTANTS[name]
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=contestant, args=(name, folder, theirs))
+        self.process.start()
+        theirs.close()
+        self.same = 0.0
+        self.prompt: dict[int, list[float]] = {}
+        self.whole: dict[int, list[float]] = {}
+        try:
+            reason = self.connection.recv()
+        except EOFError:
+            reason = "its process died"
+        if reason is not None:
+            self.process.join()
+            raise Absent(reason)
+
+    def run(self, prompts: list[list[int]], n_tokens: int) -> tuple[float, list[list[int]]]:
+        self.connection.send((prompts, n_tokens))
+        seconds, answers = self.connection.recv()
+        if [len(answer) for answer in answers] != [n_tokens] * len(prompts):
+            raise SystemExit(f"{self.name} was asked for {n_tokens} tokens, and gave another number")
+        return seconds, answers
+
+    def race(self, batch: int, one: list[list[int]], all_of_them: list[list[int]]) -> None:
+        self.prompt.setdefault(batch, []).append(self.run(one, 1)[0])
+        self.whole.setdefault(batch, []).append(self.run(all_of_them, N_OUT)[0])
+
+    def rates(self, batch: int) -> list[float]:
+        """Tokens a second behind the prompt, turn by turn."""
+        times = zip(self.prompt[batch], self.whole[batch], strict=True)
+        return [batch * (N_OUT - 1) / (whole - prompt) for prompt, whole in times]
+
+    def whole_rates(self, batch: int) -> list[float]:
+        return [batch * N_OUT / seconds for seconds in self.whole[batch]]
+
+    def stop(self) -> None:
+        self.connection.send(None)
+        self.connection.close()
+        self.process.join()
+
+
+def gguf_of(dtype: str, folder: Path) -> Path:
+    from danlu.model.checkpoint import resolve
+
+    return resolve(MODEL) if dtype == "as it is" else folder / f"{dtype}.gguf"
+
+
+def prepare(folder: Path, programs: set[str]) -> None:
+    """Writes the model in the formats that the contestants read."""
+    from transformers import AutoTokenizer
+
+    from danlu.model.config import ConvertConfig
+    from danlu.model.convert import convert
+
+    convert(ConvertConfig(source=MODEL, out=folder / "hf", dtype="float32"))
+    theirs = AutoTokenizer.from_pretrained(folder / "hf")
+    names = theirs.convert_ids_to_tokens(range(len(theirs)))
+    (folder / "vocabulary.json").write_text(json.dumps(names), "utf-8")
+    if "llama.cpp" in programs:
+        for dtype in ("bfloat16", "q8_0"):
+            convert(
+                ConvertConfig.model_validate(
+                    {"source": MODEL, "out": folder / f"{dtype}.gguf", "dtype": dtype}
+                )
+            )
+
+
+def draw_prompts(count: int, folder: Path) -> list[list[int]]:
+    """The beginnings of `count` different conversations of the package chitchat-dataset, in ids."""
+    from danlu.data.chitchat import read_chitchat
+    from danlu.tokens.load import load_tokenizer
+
+    tokenizer = load_tokenizer(folder / "hf")
+    found = (tokenizer.encode(document.text)[:N_IN] for document in read_chitchat())
+    prompts = list(islice((ids for ids in found if len(ids) == N_IN), count))
+    if len({tuple(ids[:8]) for ids in prompts}) < count / 2:
+        raise SystemExit("the prompts begin alike: caches would answer for the models")
+    return prompts
+
+
+def weight_bytes(racer: Contestant, folder: Path) -> float:
+    """What one step must read: all matrices, the output's among them (the embedding is the same one)."""
+    if racer.format.program == "llama.cpp":
+        from gguf import GGUFReader
+
+        return float(sum(t.n_bytes for t in GGUFReader(gguf_of(racer.format.dtype, folder)).tensors))
+    from danlu.model.checkpoint import sizes_of
+    from danlu.model.count import parameters
+
+    return parameters(sizes_of(MODEL)) * racer.format.bits / 8
+
+
+def bandwidth() -> float:
+    """Bytes a second that all cores read together from memory: the best of several sums over 1 GB."""
+    import numpy as np
+
+    best, table = float("inf"), _table(np)
+    total = _summing()
+    for _ in range(6):
+        start = time.perf_counter()
+        total(table)
+        best = min(best, time.perf_counter() - start)
+    return table.nbytes / best
+
+
+def _table(np: Any) -> Any:
+    return _KEPT.setdefault("table", np.ones(1 << 28, np.float32))
+
+
+def _summing() -> Callable[[Any], float]:
+    import numba
+
+    if "sum" not in _KEPT:
+
+        @numba.njit(parallel=True, fastmath=True)
+        def total(table: Any) -> float:
+            found = 0.0
+            for index in numba.prange(table.shape[0]):
+                found += table[index]
+            return found
+
+        _KEPT["sum"] = total
+    return _KEPT["sum"]
+
+
+def compare(racers: list[Contestant], prompts: list[list[int]]) -> None:
+    """Sets `same`. Ends the run where a contestant doesn't say what the model says."""
+    answers = {racer.name: racer.run(prompts, N_COMPARED)[1] for racer in racers}
+    if REFERENCE not in answers:
+        raise SystemExit(f"{REFERENCE} is what the others are compared with: let it take part")
+    for racer in racers:
+        pairs = zip(answers[racer.name], answers[REFERENCE], strict=True)
+        racer.same = statistics.mean(_agreeing(found, expected) for found, expected in pairs)
+        if racer.same < racer.format.agrees:
+            raise SystemExit(
+                f"{racer.name} agrees with {REFERENCE} on {racer.same:.1f} of the first {N_COMPARED} tokens, "
+                f"which is less than {racer.format.agrees}: that isn't the same model"
+            )
+
+
+def _agreeing(found: list[int], expected: list[int]) -> int:
+    """How many tokens are the same before the first other one."""
+    pairs = zip(found, expected, strict=True)
+    return next((number for number, (a, b) in enumerate(pairs) if a != b), len(expected))
+
+
+def measure(names: list[str], batches: list[int], alternations: int, folder: Path) -> dict[str, Any]:
+    """Every contestant, turn by turn. Returns the rows and ratios of the result."""
+    racers, left_out = [], {}
+    for name in names:
+        try:
+            racers.append(Contestant(name, folder))
+        except Absent as reason:
+            left_out[name] = str(reason)
+            say(f"{name} is left out: {reason}")
+    sets = max(batches) * (2 * (alternations + 1) * len(batches)) + N_PROMPTS
+    pool = iter(draw_prompts(sets, folder))
+    compare(racers, list(islice(pool, N_PROMPTS)))
+    for batch in batches:
+        one, all_of_them = list(islice(pool, batch)), list(islice(pool, batch))
+        for racer in racers:
+            racer.race(batch, one, all_of_them)
+            racer.prompt.clear(), racer.whole.clear()
+            say(f"{racer.name} is warm at batch {batch}")
+    quiet, reads = Quietness(), []
+    for batch in batches:
+        for number in range(alternations):
+            one, all_of_them = list(islice(pool, batch)), list(islice(pool, batch))
+            for racer in racers if number % 2 == 0 else racers[::-1]:
+                racer.race(batch, one, all_of_them)
+            reads.append(bandwidth())
+            last = "  ".join(f"{racer.rates(batch)[-1]:.0f}" for racer in racers)
+            say(f"batch {batch}: {number + 1}/{alternations}  {last}")
+    others = quiet.others()
+    for racer in racers:
+        racer.stop()
+    speed = statistics.median(reads)
+    return {
+        "rows": [row(racer, batch, speed, folder) for batch in batches for racer in racers],
+        "ratios": {name: found for batch in batches for name, found in ratios(racers, batch).items()},
+        "left_out": left_out,
+        "bandwidth_bytes_per_second": speed,
+        "others_share_of_processor": others,
+    }
+
+
+def row(racer: Contestant, batch: int, speed: float, folder: Path) -> dict[str, Any]:
+    rate, size = statistics.median(racer.rates(batch)), weight_bytes(racer, folder)
+    return {
+        "contestant": racer.name,
+        "batch": batch,
+        "tokens_per_second": rate,
+        "whole_tokens_per_second": statistics.median(racer.whole_rates(batch)),
+        "prompt_seconds": statistics.median(racer.prompt[batch]),
+        "weight_bytes": size,
+        "share_of_bandwidth": size * rate / batch / speed,
+        "same": racer.same,
+        "turns": {"prompt_seconds": racer.prompt[batch], "whole_seconds": racer.whole[batch]},
+    }
+
+
+def ratios(racers: list[Contestant], batch: int) -> dict[str, Any]:
+    """danlu over a peer, within each turn: at equal bits, and the fastest over the fastest."""
+    by_name = {racer.name: racer for racer in racers}
+    ours = [racer for racer in racers if racer.format.program == "danlu"]
+    peers = [racer for racer in racers if racer.format.program != "danlu"]
+    theirs = [racer for racer in peers if racer.format.program == "transformers"]
+    pairs = {
+        "16 bits": (by_name.get("danlu bf16"), by_name.get("llama.cpp bf16")),
+        "8 bits": (by_name.get("danlu int8"), by_name.get("llama.cpp Q8_0")),
+        "fastest over the fastest peer": (fastest(ours, batch), fastest(peers, batch)),
+        "fastest over transformers' fastest": (fastest(ours, batch), fastest(theirs, batch)),
+    }
+    found = {}
+    for name, (mine, other) in pairs.items():
+        if mine is None or other is None:
+            continue
+        each = [a / b for a, b in zip(mine.rates(batch), other.rates(batch), strict=True)]
+        whole = [a / b for a, b in zip(mine.whole_rates(batch), other.whole_rates(batch), strict=True)]
+        found[f"batch {batch}, {name}"] = {
+            "danlu": mine.name,
+            "against": other.name,
+            "median": statistics.median(each),
+            "interval": list(median_interval(each)),
+            "each": each,
+            "median_whole": statistics.median(whole),
+        }
+    return found
+
+
+def fastest(racers: list[Contestant], batch: int) -> Contestant | None:
+    return max(racers, key=lambda racer: statistics.median(racer.rates(batch)), default=None)
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{'':21} {'batch':>5} {'tokens/s':>9} {'whole':>7} {'prompt':>8} {'bandwidth':>10} {'same':>5}"]
+    for found in result["rows"]:
+        lines.append(
+            f"{found['contestant']:21} {found['batch']:5} {found['tokens_per_second']:9.1f} "
+            f"{found['whole_tokens_per_second']:7.1f} {found['prompt_seconds']:6.2f} s "
+            f"{found['share_of_bandwidth']:10.1%} {found['same']:5.1f}"
+        )
+    for name, reason in result["left_out"].items():
+        lines.append(f"{name:21} left out: {reason}")
+    for name, ratio in result["ratios"].items():
+        low, high = ratio["interval"]
+        lines.append(
+            f"{name}: {ratio['danlu']} is {ratio['median']:.3f} times as fast as {ratio['against']} "
+            f"[{low:.3f}, {high:.3f}]; {ratio['median_whole']:.3f} times with the prompt"
+        )
+    lines.append(
+        f"memory is read at {result['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s; other processes took "
+        f"{result['others_share_of_processor']:.1%} of the processor"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument(
+        "--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME"
+    )
+    parser.add_argument("--alternations", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    options = parser.parse_args()
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+
+    from danlu.core.device import machine
+
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        prepare(folder, {CONTESTANTS[name].program for name in options.contestants})
+        measured = measure(options.contestants, options.batches, options.alternations, folder)
+    result = {"machine": asdict(machine()), **measured}
+    print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

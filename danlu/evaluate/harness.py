@@ -1,0 +1,200 @@
+"""The engine as a model of lm-evaluation-harness: its tasks, its prompts and its scores, our computation.
+
+    from lm_eval import simple_evaluate
+    simple_evaluate(EngineLM(engine), tasks=["arc_easy"])
+
+Texts become ids as in the harness's `hf` backend, so that the numbers can be compared: the text of a special
+token becomes that token, since the harness hands over a rendered conversation as text. Two things differ
+where a tokenizer begins documents with a token: a conversation begins as its template says, which is how it
+is served, and a whole text gets that token once. Importing this raises UserError where lm-eval is missing.
+"""
+
+import json
+import logging
+from collections import Counter, defaultdict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from danlu.core.errors import UserError
+from danlu.data.conversations import Messages
+from danlu.generate.engine import Engine
+from danlu.generate.sampling import SamplingParams
+from danlu.tokens.chat import render_text
+from danlu.tokens.tokenizer import Tokenizer
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise UserError(f"lm-eval can't be imported: {error}", "pip install 'danlu[eval]'") from None
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+logger = logging.getLogger(__name__)
+
+Request = tuple[list[int], list[int]]
+"""Ids of a context and of its continuation."""
+
+_UNDERSTOOD = ("do_sample", "max_gen_toks", "temperature", "top_k", "top_p", "until")
+
+
+class EngineLM(TemplateLM):
+    """An engine, asked by lm-evaluation-harness.
+
+    `max_gen_toks`: longest answer, in tokens, where a task names none.
+    """
+
+    def __init__(self, engine: Engine, max_gen_toks: int = 256) -> None:
+        super().__init__()
+        self.engine, self.max_gen_toks = engine, max_gen_toks
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's cache of requests knows the tokenizer and its chat template by."""
+        return self.tokenizer.fingerprint()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model reads at most."""
+        return self.engine.model.config.max_positions
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text's first token is predicted from where there is no context."""
+        bos = self.tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
+    @cached_property
+    def _parser(self) -> tokenizers.Tokenizer:
+        """The tokenizer, reading special tokens out of text."""
+        return tokenizers.Tokenizer.from_str(self.tokenizer.backend.to_str())
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text. None: it begins like a document, unless a special token begins it already."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(tuple(self.tokenizer.special_ids))
+        return self._parser.encode(string, add_special_tokens=add_special_tokens).ids
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as text; an assistant's last message stays open where no prompt is asked for.
+
+        Raises UserError where a message spells a special token, which would become one.
+        """
+        messages: Messages = [{"role": m["role"], "content": m["content"]} for m in chat_history]
+        for message in messages:
+            if spelt := [name for name in self.tokenizer.special_ids if name in message["content"]]:
+                raise UserError(
+                    f"a {message['role']} message spells the special token {spelt[0]}",
+                    "take it out of the task's data, or evaluate without the chat template",
+                )
+        if add_generation_prompt or messages[-1]["role"] != "assistant":
+            return render_text(messages, self.tokenizer, add_generation_prompt)
+        *before, begun = messages
+        return render_text(before, self.tokenizer, add_generation_prompt=True) + begun["content"]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether every token of it is the most probable one)."""
+        pairs = [self._fitting(context, continuation) for _texts, context, continuation in requests]
+        answers = [(found.logprob, found.greedy) for found in self.engine.likelihoods(pairs)]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], answer)
+        return answers
+
+    def _fitting(self, context: list[int], continuation: list[int]) -> Request:
+        """Without the beginning of a context that is too long. The last token is predicted, never read."""
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise UserError(
+                f"a continuation has {len(continuation)} tokens, the model's context {self.max_length}",
+                "take a model that reads more, or leave the task out",
+            )
+        if len(context) > room:
+            logger.warning("a context of %d tokens is cut on the left to %d", len(context), room)
+        return context[-room:], continuation
+
+    def loglikelihood_rolling(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts; a long one in windows, each with all the context that fits."""
+        windows: list[Request] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
+            found = [make_disjoint_window(pair) for pair in rolling]
+            windows += found
+            owners += [number] * len(found)
+        totals = [0.0] * len(requests)
+        for number, part in zip(owners, self.engine.likelihoods(windows), strict=True):
+            totals[number] += part.logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
+        """Answers up to the first of a task's stop strings.
+
+        Raises UserError for a setting of the generation that the engine doesn't have.
+        """
+        together: dict[str, list[int]] = defaultdict(list)
+        asked: Counter[str] = Counter()
+        for number, request in enumerate(requests):
+            # A task that draws several answers repeats its request: each time another seed.
+            same = json.dumps(request.args, sort_keys=True)
+            together[json.dumps([request.args[1], asked[same]], sort_keys=True)].append(number)
+            asked[same] += 1
+        answers = [""] * len(requests)
+        for key, numbers in together.items():
+            settings, seed = json.loads(key)
+            contexts = [requests[number].args[0] for number in numbers]
+            for number, text in zip(numbers, self._answers(contexts, settings, seed), strict=True):
+                answers[number] = text
+                self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        return answers
+
+    def _answers(self, contexts: list[str], settings: dict[str, Any], seed: int) -> list[str]:
+        settings = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        if unknown := sorted(settings.keys() - set(_UNDERSTOOD)):
+            raise UserError(
+                f"a task sets {unknown[0]} for its generation, which the engine doesn't have",
+                f"known: {', '.join(_UNDERSTOOD)}",
+            )
+        until, longest = settings["until"], settings["max_gen_toks"]
+        room = self.max_length - longest
+        if room < 1:
+            raise UserError(
+                f"a task asks for {longest} tokens, the model's context is {self.max_length}",
+                "set max_gen_toks lower, with gen_kwargs",
+            )
+        prompts = [self.tok_encode(context) for context in contexts]
+        for ids in prompts:
+            if len(ids) > room:
+                logger.warning("a context of %d tokens is cut on the left to %d", len(ids), room)
+        special = self.tokenizer.special_ids
+        stops = {special[name] for name in (self.tokenizer.eos, *until) if name in special}
+        params = SamplingParams(
+            max_tokens=longest,
+            temperature=settings.get("temperature", 0.0),
+            top_k=settings.get("top_k", 0),
+            top_p=settings.get("top_p", 1.0),
+            stop_ids=tuple(stops.union(self.tokenizer.stop_ids)),
+            seed=seed,
+        )
+        return [
+            postprocess_generated_text(self.tokenizer.decode(completion.ids), until, None)
+            for completion in self.engine.generate([ids[-room:] for ids in prompts], params)
+        ]
