@@ -178,7 +178,7 @@ def _dots(n_tokens: int) -> Any:
 
 
 def _product_of_rows(n_lines: int) -> Callable[..., Any]:
-    """add_rows(a, a_at, m, n, y, y_at, line): y[h, y_at:] += Σ a[h, a_at + k] · m[k] for the first n rows of m.
+    """add_rows(a, a_at, m, n, y, y_at, line): y[h, y_at:] += Σ a[h, a_at + k] · m[k] over k < n.
 
     h: the next `n_lines` lines from `line` on; m (K, 16 C) is as wide as what is added to.
     """
