@@ -192,6 +192,7 @@ class EngineLM(TemplateLM):
             top_k=settings.get("top_k", 0),
             top_p=settings.get("top_p", 1.0),
             stop_ids=tuple(stops.union(self.tokenizer.stop_ids)),
+            stop=tuple(text for text in until if text and text not in special),
             seed=seed,
         )
         return [

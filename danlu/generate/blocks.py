@@ -1,6 +1,6 @@
 """Which blocks of the key-value cache are taken, by whom, and what the full ones hold.
 
-A sequence's tokens lie in blocks of equal size, in any order (Kwon et al. 2023, "PagedAttention", section 4).
+A sequence's tokens lie in blocks of equal size, in any order (Kwon et al. 2023, "PagedAttention").
 A block that is full is remembered by all the tokens up to its end: another sequence that begins with them
 uses it too. Nobody's blocks stay remembered until their place is needed, the longest unused one first.
 """

@@ -6,17 +6,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-import danlu
-from danlu.core.device import choose_dtype
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_write
 from danlu.data.conversations import Messages
 from danlu.generate.config import ChatConfig
 from danlu.generate.engine import Engine
-from danlu.generate.generate import sampling_params
+from danlu.generate.generate import make_engine, sampling_params
 
 HELP = """\
 /reset        forget the conversation
@@ -43,9 +40,7 @@ class Conversation:
 
 def chat(config: ChatConfig) -> None:
     """Reads from the terminal or a pipe until its end."""
-    model, tokenizer = danlu.load(config.model, dtype=torch.float32)
-    model.compute_dtype = choose_dtype("auto", torch.device("cpu"))
-    engine = Engine(model, tokenizer)
+    engine = make_engine(config.model, config.dtype)
     engine.prompt_ids([{"role": "user", "content": "Hi"}])  # a model that can't chat says so at once
     session = Session(config, engine)
     if sys.stdin.isatty():

@@ -52,7 +52,12 @@ class GenerateConfig(SamplingConfig):
     prompt: str = Field(description="the text to continue, or with --chat the message to answer")
     chat: bool = Field(False, description="render the prompt as a user's message")
     n: int = Field(1, ge=1, description="how many answers")
-    dtype: Literal["auto", "bf16", "float32"] = Field("auto", description="of the computation")
+    dtype: Literal["auto", "float32", "bf16", "int8", "int4"] = Field(
+        "auto", description="of the weights that it computes with: auto is bf16 where the hardware has it"
+    )
+    deterministic: bool = Field(
+        False, description="the same tokens to the bit, whatever runs beside: slower for several answers"
+    )
 
 
 class ChatConfig(SamplingConfig):
@@ -60,3 +65,6 @@ class ChatConfig(SamplingConfig):
 
     model: str = Field(description="run folder, Hugging Face folder or hub id, .gguf file, or smollm2")
     system: str = Field("", description="system prompt")
+    dtype: Literal["auto", "float32", "bf16", "int8", "int4"] = Field(
+        "auto", description="of the weights that it computes with: auto is bf16 where the hardware has it"
+    )

@@ -1,7 +1,7 @@
 """`danlu generate`: a prompt in, a text out."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -10,6 +10,7 @@ from danlu.core.device import choose_dtype
 from danlu.core.files import read_text
 from danlu.generate.config import GenerateConfig, SamplingConfig
 from danlu.generate.engine import Engine
+from danlu.generate.packed import Kind
 from danlu.generate.sampling import SamplingParams
 
 
@@ -25,16 +26,20 @@ def _schema(given: str) -> str:
     return given if given.lstrip().startswith("{") else read_text(Path(given))
 
 
+def make_engine(ref: str, dtype: str = "auto", deterministic: bool = False) -> Engine:
+    """An engine for the model that is named, computing on the processor."""
+    model, tokenizer = danlu.load(ref, dtype=torch.float32)
+    if dtype == "auto":
+        dtype = "bf16" if choose_dtype("auto", torch.device("cpu")) == torch.bfloat16 else "float32"
+    return Engine(model, tokenizer, dtype=cast(Kind, dtype), deterministic=deterministic)
+
+
 def generate(config: GenerateConfig) -> dict[str, Any]:
-    """`n` answers, seeded seed, seed + 1 …"""
-    model, tokenizer = danlu.load(config.model, dtype=torch.float32)
-    model.compute_dtype = choose_dtype(config.dtype, torch.device("cpu"))
-    engine = Engine(model, tokenizer)
+    """`n` answers, seeded seed, seed + 1 …, in one batch."""
+    engine = make_engine(config.model, config.dtype, config.deterministic)
     prompt: Any = [{"role": "user", "content": config.prompt}] if config.chat else config.prompt
-    answers = [
-        engine.generate([prompt], sampling_params(config, config.seed + number))[0]
-        for number in range(config.n)
-    ]
+    each = [sampling_params(config, config.seed + number) for number in range(config.n)]
+    answers = engine.generate([prompt] * config.n, each)
     return {
         "prompt": config.prompt,
         "answers": [

@@ -1,9 +1,9 @@
 """Continuous batching: what is read in each step of the model, for whom, and where it is kept.
 
-Jobs come and go at any step (Yu et al. 2022, "Orca", section 3.1). In a step, jobs that need one token
-each go first; what is left of the step's tokens goes to prompts, in pieces (Agrawal et al. 2023, "Sarathi",
-section 4). Where two jobs need the same block computed, one computes it and the other waits a step. Where
-the cache is full, the youngest job gives its blocks back and reads its tokens again later.
+Jobs come and go at any step (Yu et al. 2022, "Orca"). In a step, jobs that need one token each go first; what
+is left of the step's tokens goes to prompts, in pieces (Agrawal et al. 2023, "Sarathi"). Where two jobs need
+the same block computed, one computes it and the other waits a step. Where the cache is full, the youngest job
+gives its blocks back and reads its tokens again later.
 """
 
 from collections import deque
