@@ -1,0 +1,147 @@
+"""The compiled loops against PyTorch in float64, and that a sum's bits hang on nothing else."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numba import get_num_threads
+
+from danlu.core.errors import UserError
+from danlu.generate import kernels
+from danlu.generate.packed import GROUP, empty, multiply, pack, reordered, steady, unpack
+from danlu.generate.paged import as_array
+
+KINDS = ["float32", "bf16", "int8", "int4"]
+
+
+def matrix(rows: int, columns: int, kind: Any) -> Any:
+    found = empty((rows, columns), kind)
+    pack(torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)), found)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [32, 64, 96, 160, 576])
+def test_products_and_their_bits(kind: Any, width: int) -> None:
+    w = matrix(37, width, kind)
+    x = torch.randn(9, width)
+    found = np.empty((9, 37), np.float32)
+    kernels.product(*w.arrays, x.numpy(), found, get_num_threads())
+    expected = x.double() @ unpack(w).double().T
+    torch.testing.assert_close(torch.from_numpy(found).double(), expected, atol=1e-4, rtol=1e-5)
+    for n in (1, 2, 3, 6):
+        part = np.empty((n, 37), np.float32)
+        kernels.product(*w.arrays, x[:n].numpy(), part, 5)
+        assert (part == found[:n]).all()
+
+
+@pytest.mark.parametrize("kind", ["float32", "bf16", "int8"])
+def test_widths_that_fill_no_vector(kind: Any) -> None:
+    w = matrix(5, 77, kind)
+    x = torch.randn(3, 77)
+    found = np.empty((3, 5), np.float32)
+    kernels.product(*w.arrays, x.numpy(), found, 2)
+    expected = x.double() @ unpack(w).double().T
+    torch.testing.assert_close(torch.from_numpy(found).double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "worst"), [("int8", 0.5), ("int4", 1.0)])
+def test_packed_numbers_are_the_nearest(kind: Any, worst: float) -> None:
+    """No further than half a step, but for the one end of 4 bits that has no number: 8 is cut to 7."""
+    w = torch.randn(40, 96)
+    packed = empty((40, 96), kind)
+    pack(w, packed)
+    steps = packed.factors.abs().repeat_interleave(96 // packed.factors.shape[1], dim=1)
+    errors = ((unpack(packed) - w) / steps).abs()
+    assert errors.max() <= worst + 1e-3
+    assert (errors > 0.5 + 1e-3).float().mean() < 0.02
+
+
+def test_four_bits_need_whole_groups() -> None:
+    with pytest.raises(UserError, match=f"100 columns, no multiple of {GROUP}"):
+        empty((3, 100), "int4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_tokens_are_multiplied_alike(kind: Any) -> None:
+    w = matrix(48, 64, kind)
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    x = torch.randn(20, 64).to(dtype)
+    expected = x.float() @ unpack(w).T
+    tolerance = 1e-5 if kind == "float32" else 1e-2
+    found = multiply(x, reordered(w)).float()
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "groups", "e", "window", "softcap", "alibi"),
+    [
+        (9, 3, 64, 0, 0.0, False),
+        (8, 8, 16, 20, 0.0, False),
+        (4, 2, 12, 0, 5.0, True),
+        (5, 1, 32, 7, 0.0, True),
+    ],
+)
+def test_attention(
+    dtype: torch.dtype, heads: int, groups: int, e: int, window: int, softcap: float, alibi: bool
+) -> None:
+    torch.manual_seed(0)
+    positions, p = np.array([0, 5, 15, 16, 47]), kernels.POSITIONS
+    keys = torch.full((20, groups, e, p), torch.nan).to(dtype)
+    values = torch.full((20, groups, p, e), torch.nan).to(dtype)
+    tables = np.random.default_rng(0).permutation(20)[:15].reshape(5, 3).astype(np.int32)
+    q = torch.randn(5, heads, e)
+    slopes = torch.rand(heads) if alibi else torch.zeros(0)
+    expected = torch.empty(5, heads, e)
+    for t, last in enumerate(positions):
+        k, v = torch.randn(groups, last + 1, e).to(dtype), torch.randn(groups, last + 1, e).to(dtype)
+        for position in range(last + 1):
+            block = tables[t, position // p]
+            keys[block, :, :, position % p] = k[:, position]
+            values[block, :, position % p] = v[:, position]
+        spread = heads // groups
+        scores = torch.einsum("he,hse->hs", q[t], k.float().repeat_interleave(spread, 0)) * 0.3
+        scores = softcap * (scores / softcap).tanh() if softcap else scores
+        if alibi:
+            scores = scores - slopes[:, None] * (last - torch.arange(last + 1))
+        if window:
+            scores[:, : max(0, last + 1 - window)] = -torch.inf
+        weights = scores.softmax(-1)
+        expected[t] = torch.einsum("hs,hse->he", weights, v.float().repeat_interleave(spread, 0))
+    found = np.empty((5, heads, e), np.float32)
+    rows = np.arange(5, dtype=np.int32)
+    kernels.attend(
+        q.numpy(), as_array(keys), as_array(values), tables, rows, positions, window, np.float32(0.3),
+        np.float32(softcap), slopes.numpy(), found,
+    )  # fmt: skip
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_log_sums() -> None:
+    x = torch.randn(7, 1000) * 10
+    x[1, :500] = -torch.inf
+    x[2, 3] = torch.nan
+    x[3] = -torch.inf
+    found = np.empty(7)
+    kernels.log_sums(x.numpy(), found)
+    expected = x.double().logsumexp(1)
+    torch.testing.assert_close(
+        torch.from_numpy(found)[[0, 1, 4, 5, 6]], expected[[0, 1, 4, 5, 6]], atol=1e-6, rtol=0
+    )
+    assert np.isnan(found[2:4]).all()
+    for row in (0, 1, 6):
+        alone = np.empty(1)
+        kernels.log_sums(x[row : row + 1].numpy(), alone)
+        assert alone[0] == found[row]
+
+
+@pytest.mark.parametrize("name", ["gelu", "geglu_tanh", "swiglu", "relu", "tanh"])
+def test_steady_activations(name: str) -> None:
+    from danlu.model.layers import ACTIVATIONS
+
+    x = torch.randn(5, 37) * 4
+    expected = x.tanh() if name == "tanh" else ACTIVATIONS[name](x)
+    torch.testing.assert_close(steady(name)(x), expected, atol=1e-6, rtol=1e-5)
+    assert torch.equal(steady(name)(x)[3:], steady(name)(x[3:]))
