@@ -142,6 +142,15 @@ def product(w: Any, factors: Any, x: Any, y: Any, parts: int) -> None:
 # Attention
 
 
+@register_jitable(fastmath=FAST | {"nnan"})
+def highest(x: Any, begin: int, end: int) -> Any:
+    """The largest of x[begin:end]; where NaN is among them any number, and what is made with it is NaN."""
+    top = np.float32(-np.inf)
+    for i in range(begin, end):
+        top = max(top, x[i])
+    return top
+
+
 @register_jitable
 def add_rows(a: Any, a_at: int, m: Any, n: int, y: Any, y_at: int) -> None:
     """y[h, y_at:] += Σ a[h, a_at + k] · m[k] over the first n rows of m, for each line h."""
@@ -195,9 +204,7 @@ def attend_one(
         if len(slopes):
             for j in range(n):
                 line[j] -= slopes[h] * np.float32(seen - 1 - j)
-        top = np.float32(-np.inf)
-        for j in range(skipped, seen):
-            top = max(top, line[j])
+        top = highest(line, skipped, seen)
         for j in range(n):
             line[j] = exp(line[j] - top)
         # What lies before the window doesn't count; what lies behind the last token was never written.
@@ -273,9 +280,7 @@ def log_sums(x: Any, y: Any) -> None:
     """y (N,) float64 = log Σ exp of each row of x (N, V) float32."""
     n, width = x.shape
     for t in prange(n):
-        top = np.float32(-np.inf)
-        for i in range(width):
-            top = max(top, x[t, i])
+        top = highest(x[t], 0, width)
         total: Any = np.float64(0)
         for begin in range(0, width, 256):
             part = np.float32(0)
