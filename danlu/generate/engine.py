@@ -22,6 +22,7 @@ from danlu.generate.program import Feed, Program, Sequences
 from danlu.generate.runner import Runner
 from danlu.generate.sampling import Row, SamplingParams
 from danlu.generate.scheduler import Job, Lane, Owned, Scheduler
+from danlu.model.lora import adapted_layers
 from danlu.model.transformer import Transformer
 from danlu.tokens.chat import render_prompt
 from danlu.tokens.tokenizer import Tokenizer
@@ -75,6 +76,7 @@ class Engine:
         *,
         dtype: Kind | None = None,
         deterministic: bool = False,
+        adapters: Sequence[str] = (),
         helpers: Sequence[Transformer] = (),
         cache_bytes: int | None = None,
         step_tokens: int = 512,
@@ -82,13 +84,16 @@ class Engine:
         """`dtype`: of the weights that are computed with, default as the model computes; int8 and int4 are
         rounded copies. `cache_bytes`: of keys and values, default a quarter of the device's memory.
 
-        `helpers`: further models that a program may ask: a draft, an amateur; with the same vocabulary.
-        `deterministic`: a request's tokens and log-probabilities are the same to the bit, whatever else the
-        engine does in the meantime. `step_tokens`: of prompts that are read in one step.
+        `adapters`: names of the model's LoRA adapters that requests may ask for, several in one batch;
+        without them all are answered with the active one. `helpers`: further models that a program may ask,
+        of the same vocabulary: a draft, an amateur. `deterministic`: a request's tokens and
+        log-probabilities are the same to the bit, whatever else the engine does in the meantime.
+        `step_tokens`: of prompts that are read in one step.
         Raises UserError where the cache can't hold anything.
         """
         self.model, self.tokenizer, self.deterministic = model, tokenizer, deterministic
-        self._kind, self._helpers = dtype, helpers
+        self._kind, self._helpers, self.adapters = dtype, helpers, list(adapters)
+        self._check_adapters()
         self._cache_bytes, self._step_tokens = cache_bytes, step_tokens
         self._scheduler: Scheduler | None = None
 
@@ -119,12 +124,26 @@ class Engine:
         window = 0 if not all(config.window_of(n) for n in range(config.n_layers)) else config.window
         tables = Tables(Blocks(n_blocks, POSITIONS), window, shares, number, of)
         cache = PagedCache(config, n_blocks, dtype, device)
-        if device.type == "cpu" and runs_fast(config):
+        named = self.adapters if number == 0 else []
+        if device.type == "cpu" and runs_fast(config) and not named:
             return Lane(FastRunner(model, cache, self.deterministic, kind), tables)
         own = _kind_of(model.compute_dtype or model.head_weight.dtype)
         lives = kind == own and (kind == "float32" or device.type != "cpu")
         packed = None if lives and not self.deterministic else kind
-        return Lane(Runner(model, cache, self.deterministic, packed), tables)
+        if named and packed is None:
+            packed = kind  # the live adapters stay as they are
+        return Lane(Runner(model, cache, self.deterministic, packed, named), tables)
+
+    def _check_adapters(self) -> None:
+        known = {name for layer in adapted_layers(self.model).values() for name in layer.adapters}
+        if missing := [name for name in self.adapters if name not in known]:
+            raise UserError(
+                f'the model has no adapter "{missing[0]}"', f"it has {', '.join(sorted(known)) or 'none'}"
+            )
+        if self.adapters and self.deterministic:
+            raise UserError(
+                "several adapters in one batch are not deterministic", "merge one, or leave deterministic off"
+            )
 
     @property
     def capacity(self) -> int:
@@ -138,8 +157,15 @@ class Engine:
         parts: list[Any] = list(prompt)
         return render_prompt(parts, self.tokenizer) if _is_chat(parts) else [int(token) for token in parts]
 
-    def submit(self, prompt: Prompt, params: SamplingParams) -> "Request":
-        """Puts a request into the batch; `step` moves it on. Raises UserError for what can never fit."""
+    def submit(self, prompt: Prompt, params: SamplingParams, adapter: str | None = None) -> "Request":
+        """Puts a request into the batch; `step` moves it on. `adapter`: None = the model without any.
+
+        Raises UserError for what can never fit, and for an adapter that the engine wasn't given.
+        """
+        if adapter is not None and adapter not in self.adapters:
+            raise UserError(
+                f'the engine has no adapter "{adapter}"', f"it has {', '.join(self.adapters) or 'none'}"
+            )
         ids = self.prompt_ids(prompt)
         self._check_prompt(ids)
         n_tokens = min(len(ids) + params.max_tokens, self.model.config.max_positions)
@@ -149,7 +175,7 @@ class Engine:
                 "give the engine more memory, shorten the prompt or generate fewer tokens",
             )
         request = Request(self, ids, params, _is_chat(prompt))
-        request.begin()
+        request.begin(self.adapters.index(adapter) + 1 if adapter else 0)
         return request
 
     def step(self) -> None:
@@ -284,10 +310,10 @@ class Request:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begins = is_reply and tokenizer.drops_first_blank
 
-    def begin(self) -> None:
-        """Joins the others."""
-        sequences = Owned(self.engine.scheduler.lanes)
-        self.job = Job(self.program(sequences), owned=sequences.owned)
+    def begin(self, root: int = 0) -> None:
+        """Joins the others, with one of the adapters."""
+        sequences = Owned(self.engine.scheduler.lanes, root)
+        self.job = Job(self.program(sequences), root, owned=sequences.owned)
         self.engine.scheduler.submit(self.job)
 
     @property

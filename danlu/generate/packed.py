@@ -125,6 +125,11 @@ class PackedLinear(nn.Module):
         self.matrix = Matrix(matrix.data.to(current.device), matrix.factors.to(current.device))
         self.refresh()
 
+    @property
+    def weight(self) -> Tensor:
+        """(rows, D) float32, as it is packed."""
+        return unpack(self.matrix)
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Packs the live weights again."""
@@ -147,14 +152,18 @@ class PackedLinear(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], len(self.matrix.data))
 
 
-def substitute(model: Transformer, kind: Kind, exact: bool) -> Transformer:
-    """The model with packed matrices in its layers; all else is shared with the live one."""
+def substitute(model: Transformer, kind: Kind, exact: bool, adapters: bool = False) -> Transformer:
+    """The model with packed matrices in its layers; all else is shared with the live one.
+
+    `adapters`: whether these stay beside their packed base; else the active one is packed with it.
+    """
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, shared)
     kinds = (Linear, LoraLinear, QuantisedLinear)
     found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     for name, module in found.items():
-        if name.rpartition(".")[0] not in found and module is not model.head:  # not the base of an adapter
+        is_base = name.rpartition(".")[0] in found
+        if module is not model.head and not (isinstance(module, LoraLinear) if adapters else is_base):
             packed = PackedLinear(partial(weight_of, module), bias_of(module), kind, exact)
             twin.set_submodule(name, packed)
     if exact:

@@ -42,18 +42,27 @@ class Runner:
     """
 
     def __init__(
-        self, model: Transformer, cache: PagedCache, exact: bool = False, kind: Kind | None = None
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        exact: bool = False,
+        kind: Kind | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
-        """`exact`: the deterministic mode; `kind`: of packed weights, None = no copies."""
+        """`exact`: the deterministic mode; `kind`: of packed weights, None = no copies.
+
+        `adapters`: names that roots 1, 2 … stand for; root 0 is the model as it is.
+        """
         self.model, self.cache, self.exact = model, cache, exact
         scaling = model.config.rope_scaling
         self.whole = scaling is not None and scaling.kind in ("dynamic", "longrope")
         """Whether a sequence has to be read in one piece, and alone: angles hang on its length."""
+        self.adapters = adapters
         self.state = self._state()
         self.twin = model
         self.head: PackedLinear | None = None
         if kind is not None:
-            self.twin = substitute(model, kind, exact)
+            self.twin = substitute(model, kind, exact, len(adapters) > 0)
             self.twin.compute_dtype = torch.float32 if kind == "float32" else torch.bfloat16
             self.head = PackedLinear(lambda: model.head_weight, model.head_bias, kind, exact)
 
@@ -97,12 +106,27 @@ class Runner:
         self.cache.copy(copies)
         step = Step(self.cache, pieces, self.exact)
         ids = torch.tensor([[token for piece in pieces for token in piece.tokens]], device=step.device)
+        self._assign(pieces, roots, step.device)
         hidden = self.twin.hidden(ids, cache=step)[0]
         return (
             hidden
             if len(wanted) == len(hidden)
             else hidden[torch.tensor(wanted, dtype=torch.long, device=step.device)]
         )
+
+    def _assign(self, pieces: Sequence[Piece], roots: Sequence[int], device: torch.device) -> None:
+        """Tells the adapted matrices which tokens are whose."""
+        if not self.adapters:
+            return
+        own = [root for piece, root in zip(pieces, roots, strict=True) for _ in piece.tokens]
+        tokens = torch.tensor(own, device=device)
+        rows = {name: (tokens == root).nonzero()[:, 0] for root, name in enumerate(self.adapters, start=1)}
+        for layer in self._adapted:
+            layer.rows = {name: mine for name, mine in rows.items() if len(mine) and name in layer.adapters}
+
+    @cached_property
+    def _adapted(self) -> list[LoraLinear]:
+        return [module for module in self.twin.modules() if isinstance(module, LoraLinear)]
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

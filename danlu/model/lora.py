@@ -46,15 +46,24 @@ class LoraLinear(nn.Module):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        self.rows: dict[str, Tensor] | None = None
+        """Of one row of tokens (1, N, D), those of each adapter, in place of the active one for all."""
 
     def adapter(self, name: str) -> Adapter:
         return cast(Adapter, self.adapters[name])
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        if self.active is None:
+        if self.rows is not None:
+            y = y.clone()
+            for name, rows in self.rows.items():
+                y[:, rows] = self._adapted(name, x[:, rows], y[:, rows])
             return y
-        adapter = self.adapter(self.active)
+        return y if self.active is None else self._adapted(self.active, x, y)
+
+    def _adapted(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """What the base gives, y, with an adapter's change."""
+        adapter = self.adapter(name)
         config = adapter.config
         dropped = F.dropout(x, config.dropout, self.training)
         change = F.linear(F.linear(dropped, adapter.a.to(x.dtype)), adapter.b.to(x.dtype)) * config.scale
@@ -93,11 +102,13 @@ def add_adapter(model: Transformer, config: LoraConfig, name: str = "default") -
     Returns the trained parameters. Raises UserError where nothing matches.
     """
     model.requires_grad_(False)
+    bases = {f"{adapted}.base" for adapted in adapted_layers(model)}
     found = [
         module_name
         for module_name, module in model.named_modules()
         if isinstance(module, (Linear, QuantisedLinear, LoraLinear))
         and config.adapts(name_in_layer(module_name))
+        and module_name not in bases
     ]
     if not found:
         raise UserError(

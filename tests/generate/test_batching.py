@@ -9,7 +9,8 @@ import torch
 from danlu.core.errors import UserError
 from danlu.generate.engine import Completion, Engine, Request
 from danlu.generate.sampling import SamplingParams
-from danlu.model.config import ModelConfig
+from danlu.model.config import LoraConfig, ModelConfig
+from danlu.model.lora import add_adapter, use_adapter
 from danlu.model.transformer import Transformer
 from danlu.tokens.tokenizer import Tokenizer
 
@@ -271,4 +272,34 @@ def test_one_failure_is_no_matter_of_the_others(tokenizer: Tokenizer) -> None:
     assert requests[0].wait().ids == requests[2].wait().ids
     with pytest.raises(UserError, match="every next token is ruled out"):
         requests[1].wait()
+    assert leaks(engine) == 0
+
+
+def test_several_adapters_in_one_batch(tokenizer: Tokenizer) -> None:
+    """Each request as from the model with its adapter alone; equal beginnings aren't shared between them."""
+    model = make("llama")
+    with torch.no_grad():
+        for name, dora in (("one", False), ("two", True)):
+            for parameter in add_adapter(
+                model, LoraConfig(rank=4, dora=dora, targets=("attention.*",)), name
+            ):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    engine = Engine(model, tokenizer, adapters=["one", "two"])
+    params = SamplingParams(max_tokens=15, temperature=0, stop_ids=())
+    prompt = list(range(60))
+    names = [None, "one", "two", "one", None]
+    requests = [engine.submit(prompt, params, adapter=name) for name in names]
+    found = [request.wait() for request in requests]
+    assert len({tuple(completion.ids) for completion in found}) == 3
+    for name, completion in zip(names, found, strict=True):
+        use_adapter(model, name)
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + completion.ids]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert logprobs.argmax(-1).tolist() == completion.ids
+        chosen = logprobs.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), chosen, atol=1e-3, rtol=1e-4)
+        merged = Engine(model, tokenizer)  # the active adapter, packed with its base
+        assert merged.generate([prompt], params)[0].ids == completion.ids
+    with pytest.raises(UserError, match='no adapter "three"'):
+        engine.submit(prompt, params, adapter="three")
     assert leaks(engine) == 0
