@@ -8,6 +8,7 @@ import torch
 
 from danlu.core.errors import UserError
 from danlu.generate.engine import Completion, Engine, Request
+from danlu.generate.paged import Step
 from danlu.generate.sampling import SamplingParams
 from danlu.model.config import LoraConfig, ModelConfig
 from danlu.model.lora import add_adapter, use_adapter
@@ -141,9 +142,19 @@ def _at_once(engine: Engine, requests: list[tuple[list[int], SamplingParams]], n
     return found
 
 
+@pytest.mark.parametrize("way", ["fast", "plain", "gathered"])
 @pytest.mark.parametrize("name", MODELS)
-def test_not_deterministic_is_close(name: str, tokenizer: Tokenizer) -> None:
-    """The fast ways compute what the model does: log-probabilities against a pass without a cache."""
+def test_not_deterministic_is_close(
+    name: str, way: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ways compute what the model does: log-probabilities against a pass without a cache.
+
+    plain: by the transformer's own layers; gathered: with the attention of a GPU.
+    """
+    if way != "fast":
+        monkeypatch.setattr("danlu.generate.engine.runs_fast", lambda _: False)
+    if way == "gathered":
+        monkeypatch.setattr(Step, "_read_short", Step._gathered)
     model = make(name)
     engine = Engine(model, tokenizer, step_tokens=64)
     prompts = [ids for ids, _ in some_requests(12, seed=5)]
