@@ -8,7 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from real_runs import DANLU, TINY, Quickstart, conversations, danlu
+
+# How long an example takes says more about what else runs than about the property.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 # A background job ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

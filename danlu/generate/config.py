@@ -37,7 +37,7 @@ class SamplingConfig(Config):
     frequency_penalty: float = Field(0, description="taken from the same for each time that they are in it")
     no_repeat_ngram: int = Field(0, ge=0, description="never the same n tokens in a row twice; 0 = off")
     min_tokens: int = Field(0, ge=0, description="shortest answer, in tokens")
-    stop: list[str] = Field([], description="texts that end the answer, and are left out of it")
+    stop: tuple[str, ...] = Field((), description="texts that end the answer, and are left out of it")
     json_schema: str = Field(
         "", description="the answer follows this JSON schema: a file, or the schema itself"
     )
