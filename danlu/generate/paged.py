@@ -27,9 +27,8 @@ class PagedCache:
         self, config: ModelConfig, n_blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         shape = (config.n_layers, n_blocks, config.n_kv_heads)
-        self.keys = torch.zeros(*shape, config.head_width, POSITIONS, dtype=dtype, device=device)
-        self.values = torch.zeros(*shape, POSITIONS, config.head_width, dtype=dtype, device=device)
-        self.dtype = dtype
+        self.keys = _room((*shape, config.head_width, POSITIONS), dtype, device)
+        self.values = _room((*shape, POSITIONS, config.head_width), dtype, device)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks, in order: from, to."""
@@ -41,6 +40,15 @@ class PagedCache:
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Both as numpy arrays; bfloat16 as uint16."""
         return as_array(self.keys), as_array(self.values)
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros; on a processor of memory that is taken only where it is written to, which PyTorch's isn't."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(np.zeros(shape, np.int16)).view(dtype)
+    return torch.from_numpy(np.zeros(shape, np.float32)).to(dtype)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

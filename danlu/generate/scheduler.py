@@ -154,7 +154,6 @@ class Scheduler:
                 job.started = True
                 self._advance(job, first=True)
                 if job.done:
-                    self.waiting.popleft()
                     continue
             for feed in job.feeds:
                 self._match(job, feed)
@@ -248,8 +247,7 @@ class Scheduler:
             f"{tokens} tokens in {len(job.owned)} sequences don't fit a cache of {total} tokens",
             "give the engine more memory, or use fewer or shorter sequences",
         )
-        self.running.remove(job)
-        self._end(job)
+        self.cancel(job)
 
     def _compute(self, lane: Lane, chosen: list[_Chosen]) -> None:
         """Runs a model on the pieces, and gives each job what it asked about."""
@@ -305,19 +303,17 @@ class Scheduler:
                 feeds = job.program.send(Output.join(found))
         except StopIteration as end:
             job.result = end.value
-            if job in self.running:
-                self.running.remove(job)
-            self._end(job)
-            return
         except UserError as error:
             job.error = error
-            if job in self.running:
-                self.running.remove(job)
-            self._end(job)
+        except BaseException:
+            self.cancel(job)
+            raise
+        else:
+            job.feeds = feeds
+            for feed in feeds:
+                self._table(feed.sequence).tokens += feed.tokens
             return
-        job.feeds = feeds
-        for feed in feeds:
-            self._table(feed.sequence).tokens += feed.tokens
+        self.cancel(job)
 
     def _end(self, job: Job) -> None:
         job.done = True
