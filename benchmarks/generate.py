@@ -13,6 +13,9 @@ weights are those of the Q4_1 file in every format; `same` is how many of the fi
 average over 16 prompts, with transformers in float32. The run fails where a contestant in float32 has less
 than 15, or any other less than 4.
 
+danlu also runs in its deterministic mode, and with drafts looked up in the text so far (speculative
+decoding): what these cost or gain on such prompts is a ratio too.
+
 The share of memory bandwidth is the bytes of the matrices that a step must read, times steps, over time and
 the rate at which all cores read memory (a sum over 1 GB, measured in every turn). It says how far batch 1 is
 from what the machine can do; at batch 16 arithmetic counts as well.
@@ -64,6 +67,8 @@ CONTESTANTS = {
     "danlu bf16": Format("danlu", "bf16", 16),
     "danlu int8": Format("danlu", "int8", 8),
     "danlu int4": Format("danlu", "int4", 4),
+    "danlu bf16, deterministic": Format("danlu", "bf16 deterministic", 16),
+    "danlu bf16, look-up": Format("danlu", "bf16 look-up", 16),
     "transformers float32": Format("transformers", "float32", 32, agrees=15),
     "transformers bf16": Format("transformers", "bfloat16", 16),
     "ctranslate2 float32": Format("ctranslate2", "float32", 32, agrees=15),
@@ -86,16 +91,24 @@ def danlu_program(dtype: str, folder: Path) -> Generate:
 
     import danlu
     from danlu.generate.sampling import SamplingParams
+    from danlu.generate.speculative import PromptLookup, speculative
 
     torch.set_num_threads(cores())
     model, tokenizer = danlu.load(MODEL, dtype=torch.float32)
-    engine: Any = danlu.Engine(model, tokenizer, dtype=dtype)  # type: ignore[call-arg]
+    kind, _, mode = dtype.partition(" ")
+    engine: Any = danlu.Engine(model, tokenizer, dtype=kind, deterministic=mode == "deterministic")
 
     def generate(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
         params = SamplingParams(max_tokens=n_tokens, temperature=0, stop_ids=())
         return [completion.ids for completion in engine.generate(prompts, params)]
 
-    return generate
+    def with_drafts(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
+        def program(ids: list[int]) -> Any:
+            return lambda sequences: speculative(sequences, ids, PromptLookup(), max_tokens=n_tokens)
+
+        return [answer.ids for answer in engine.run(*map(program, prompts))]
+
+    return with_drafts if mode == "look-up" else generate
 
 
 def transformers_program(dtype: str, folder: Path) -> Generate:
@@ -441,14 +454,16 @@ def row(racer: Contestant, batch: int, speed: float, folder: Path) -> dict[str, 
 
 
 def ratios(racers: list[Contestant], batch: int) -> dict[str, Any]:
-    """danlu over a peer, within each turn: at equal bits, and the fastest over the fastest."""
+    """danlu over a peer or over itself, within each turn: at equal bits, and the fastest over the fastest."""
     by_name = {racer.name: racer for racer in racers}
-    ours = [racer for racer in racers if racer.format.program == "danlu"]
+    ours = [racer for racer in racers if racer.format.program == "danlu" and "," not in racer.name]
     peers = [racer for racer in racers if racer.format.program != "danlu"]
     theirs = [racer for racer in peers if racer.format.program == "transformers"]
     pairs = {
         "16 bits": (by_name.get("danlu bf16"), by_name.get("llama.cpp bf16")),
         "8 bits": (by_name.get("danlu int8"), by_name.get("llama.cpp Q8_0")),
+        "deterministic": (by_name.get("danlu bf16, deterministic"), by_name.get("danlu bf16")),
+        "speculative decoding": (by_name.get("danlu bf16, look-up"), by_name.get("danlu bf16")),
         "fastest over the fastest peer": (fastest(ours, batch), fastest(peers, batch)),
         "fastest over transformers' fastest": (fastest(ours, batch), fastest(theirs, batch)),
     }

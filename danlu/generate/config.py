@@ -52,6 +52,10 @@ class GenerateConfig(SamplingConfig):
     prompt: str = Field(description="the text to continue, or with --chat the message to answer")
     chat: bool = Field(False, description="render the prompt as a user's message")
     n: int = Field(1, ge=1, description="how many answers")
+    beams: int = Field(
+        1, ge=1, description="above 1: search for the most probable text with so many beams, and draw nothing"
+    )
+    length_penalty: float = Field(1.0, description="of beams: above 1 favours longer answers")
     dtype: Literal["auto", "float32", "bf16", "int8", "int4"] = Field(
         "auto", description="of the weights that it computes with: auto is bf16 where the hardware has it"
     )

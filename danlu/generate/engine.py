@@ -157,6 +157,12 @@ class Engine:
         parts: list[Any] = list(prompt)
         return render_prompt(parts, self.tokenizer) if _is_chat(parts) else [int(token) for token in parts]
 
+    def text(self, prompt: Prompt, ids: Sequence[int]) -> str:
+        """The text of an answer: behind a text it begins with a blank where a word does; a reply does not."""
+        text = codecs.decode(self.tokenizer.decode_bytes(list(ids)), "utf-8", "replace")
+        drops = _is_chat(prompt) and self.tokenizer.drops_first_blank
+        return text.removeprefix(" ") if drops else text
+
     def submit(self, prompt: Prompt, params: SamplingParams, adapter: str | None = None) -> "Request":
         """Puts a request into the batch; `step` moves it on. `adapter`: None = the model without any.
 
@@ -390,7 +396,7 @@ class Request:
         return [last]
 
     def _append(self, data: bytes, final: bool = False) -> None:
-        """The text of an answer: behind a text it begins with a blank where a word does; a reply does not."""
+        """More bytes of the answer; see `Engine.text`."""
         if piece := self._decoder.decode(data, final):
             self.completion.text += piece.removeprefix(" ") if self._begins else piece
             self._begins = False

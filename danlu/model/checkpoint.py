@@ -97,7 +97,7 @@ def load_model(
     the range of `dtype`.
     """
     folder = Path(folder)
-    model = weights.empty_model(folder_sizes(folder), str(folder))
+    model = weights.empty_model(folder_sizes(folder), str(folder), dtype)
     if is_meta(folder):
         state = weights.to_ours(META, model.config, model.state_dict(), MetaFiles(folder))
     else:

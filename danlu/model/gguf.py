@@ -188,7 +188,7 @@ def load_gguf(
     file = GgufFile(path)
     family, config = read_config(file)
     tokenizer = tokenizer_from_gguf(file.metadata, str(path))
-    model = empty_model(config, str(path))
+    model = empty_model(config, str(path), dtype)
     state = to_ours(family, config, model.state_dict(), file)
     check_range(state, dtype or torch.float32, str(path))
     model.load_state_dict(state, assign=True)

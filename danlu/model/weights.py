@@ -19,6 +19,7 @@ from torch import Tensor
 
 from danlu.core.errors import UserError
 from danlu.core.files import read_json
+from danlu.core.host import memory_bytes
 from danlu.model.config import ModelConfig
 from danlu.model.families import Family
 from danlu.model.layouts import ByHead, Interleaved, Layout, PlusOne, Stacked, Together
@@ -130,13 +131,25 @@ def _refuse_unknown(
         raise UserError(f"{files.where}: unknown tensor {name}", "the weights are of another architecture")
 
 
-def empty_model(config: ModelConfig, where: str) -> Transformer:
-    """A model without memory, whose names and shapes `to_ours` goes by. Raises UserError for mad sizes."""
+def empty_model(config: ModelConfig, where: str, dtype: torch.dtype | None = None) -> Transformer:
+    """A model without memory, whose names and shapes `to_ours` goes by.
+
+    Raises UserError for mad sizes, and for a model that this machine can't hold in `dtype`.
+    """
     try:
         with torch.device("meta"):
-            return Transformer(config)
+            model = Transformer(config)
     except (RuntimeError, TypeError, OverflowError):
         raise UserError(f"{where}: its sizes make a matrix that no memory holds", _DAMAGED) from None
+    count = sum(parameter.numel() for parameter in model.parameters())
+    needed = count * (dtype or torch.bfloat16).itemsize
+    if needed > memory_bytes():
+        raise UserError(
+            f"{where}: {count / 1e9:,.1f} billion parameters take {needed / 1e9:,.1f} GB, this machine has "
+            f"{memory_bytes() / 1e9:,.1f} GB",
+            "take a smaller model, or a machine with more memory",
+        )
+    return model
 
 
 def check_range(tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> None:

@@ -15,6 +15,7 @@ import danlu
 from danlu.core.device import choose_dtype
 from danlu.core.errors import UserError
 from danlu.data.conversations import to_messages
+from danlu.generate.beam import BeamParams, beam_search
 from danlu.generate.chat import chat
 from danlu.generate.config import ChatConfig, GenerateConfig
 from danlu.generate.engine import Engine
@@ -238,3 +239,17 @@ def test_generate_gives_n_answers_by_consecutive_seeds(
     assert len(set(expected)) == 3
     show(result)
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in expected)
+
+
+def test_beams_from_the_command(folder: Path) -> None:
+    """The best answers of the search, their text, and a penalty that draws have too."""
+    values = {"model": str(folder), "prompt": "The furnace", "max_tokens": 8, "beams": 3, "n": 2}
+    values["dtype"] = "float32"
+    found = generate(GenerateConfig.model_validate(values))["answers"]
+    engine = Engine(*load(folder))
+    ids = engine.prompt_ids("The furnace")
+    params = BeamParams(beams=3, n=2, max_tokens=8, stop_ids=tuple(engine.tokenizer.stop_ids))
+    [expected] = engine.run(lambda sequences: beam_search(sequences, ids, params))
+    assert [answer["text"] for answer in found] == [engine.text("", answer.ids) for answer in expected]
+    blocked = generate(GenerateConfig.model_validate({**values, "no_repeat_ngram": 1}))["answers"]
+    assert blocked != found

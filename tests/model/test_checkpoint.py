@@ -112,3 +112,10 @@ def test_a_model_reference_is_resolved(tmp_path: Path) -> None:
         resolve(tmp_path / "nothing")
     with pytest.raises(UserError, match="holds no model"):
         resolve(tmp_path / "empty")
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    config = ModelConfig(width=65536, n_layers=200, n_heads=64, n_kv_heads=64, ffn_width=262144)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(config)))
+    with pytest.raises(UserError, match=r"billion parameters take [\d,.]+ GB, this machine has [\d,.]+ GB"):
+        load_model(tmp_path)
