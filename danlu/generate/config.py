@@ -60,7 +60,7 @@ class GenerateConfig(SamplingConfig):
         "auto", description="of the weights that it computes with: auto is bf16 where the hardware has it"
     )
     deterministic: bool = Field(
-        False, description="the same tokens to the bit, whatever runs beside: slower for several answers"
+        True, description="a seed's answer is the same whatever --n is; false reads long prompts sooner"
     )
 
 

@@ -1,6 +1,7 @@
 """The key-value cache in blocks, and attention over it for a row of tokens of many sequences."""
 
 import math
+import mmap
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -43,12 +44,14 @@ class PagedCache:
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros; on a processor of memory that is taken only where it is written to, which PyTorch's isn't."""
+    """Zeros; on a processor straight from the system, which gives memory where it is written to.
+
+    (PyTorch writes to all of it, and so does malloc where it has been told to keep what was freed.)
+    """
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    if dtype == torch.bfloat16:
-        return torch.from_numpy(np.zeros(shape, np.int16)).view(dtype)
-    return torch.from_numpy(np.zeros(shape, np.float32)).to(dtype)
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
