@@ -19,7 +19,7 @@ from danlu.generate.beam import BeamParams, beam_search
 from danlu.generate.chat import chat
 from danlu.generate.config import ChatConfig, GenerateConfig
 from danlu.generate.engine import Engine
-from danlu.generate.generate import generate, sampling_params, show
+from danlu.generate.generate import generate, make_engine, sampling_params, show
 from danlu.model.checkpoint import load, save_model
 
 TOKENS, SEED = 12, 3
@@ -232,9 +232,8 @@ def test_generate_gives_n_answers_by_consecutive_seeds(
     )
     result = generate(config)
     prompt: Any = [user("The furnace")] if as_chat else "The furnace"
-    expected = [
-        chatter.engine.generate([prompt], sampling_params(config, seed))[0].text for seed in (5, 6, 7)
-    ]
+    engine = make_engine(config.model, deterministic=True)
+    expected = [engine.generate([prompt], sampling_params(config, seed))[0].text for seed in (5, 6, 7)]
     assert [answer["text"] for answer in result["answers"]] == expected
     assert len(set(expected)) == 3
     show(result)
