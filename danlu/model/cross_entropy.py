@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 CHUNK = {"cpu": 2**22, "cuda": 2**27}
 """Logits in one chunk: as many as a cache holds, or as keep a GPU busy."""
+ROWS = 256
+"""Tokens that are computed together: memory of ever new sizes is never used again."""
 
 
 def linear_cross_entropy(
@@ -55,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_bias = torch.zeros(w.shape[:1], dtype=precise, device=w.device) if for_bias else None
         total = torch.zeros((), dtype=precise, device=w.device)
         # Tokens that don't count, such as a prompt's, are left out: most of the work is here.
-        for rows in weights.nonzero()[:, 0].split(_chunk_size(w)):
+        for rows in _counted(weights).split(_chunk_size(w)):
             h, y, weight = hidden[rows], targets[rows, None], weights[rows, None]
             z = F.linear(h, w, None if bias is None else bias.to(h.dtype))
             bent = (z / softcap).tanh() if softcap else z
@@ -88,6 +90,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype)
         d_bias = None if d_bias is None else (d_bias * scale).to(ctx.weight_dtype)
         return d_hidden, d_weight, d_bias, None, None, None
+
+
+def _counted(weights: Tensor) -> Tensor:
+    """The tokens that count, and some that don't, up to a multiple of ROWS where there are so many."""
+    counted = weights.nonzero()[:, 0]
+    others = (weights == 0).nonzero()[: -len(counted) % ROWS, 0]
+    return torch.cat((counted, others))
 
 
 def _chunk_size(head_weight: Tensor) -> int:
