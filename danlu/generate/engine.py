@@ -64,7 +64,7 @@ class Likelihood:
 
 
 class Engine:
-    """Generates from a model that it doesn't copy: live weights are always the current ones.
+    """Generates from a live model: packed copies of its weights follow each change before the next token.
 
     Requests run together and share the keys and values of common beginnings; `run` takes any program.
     """

@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import config, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
 from danlu.generate.vectors import LANES, add_rows1, add_rows2, add_rows3, add_rows4, dots1, dots2, dots4
+
+# `decode` needs each part on a thread of its own. TBB may give one thread two, which would wait for ever.
+config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]  # type: ignore[attr-defined]
 
 POSITIONS = LANES
 """In a block of the cache: a vector of them."""

@@ -7,7 +7,7 @@ gives its blocks back and reads its tokens again later.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,6 @@ class Job:
     error: UserError | None = None
     done: bool = False
     started: bool = False
-    on_done: Callable[["Job"], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,7 @@ class Scheduler:
             for feed in job.feeds:
                 self._match(job, feed)
             if self.running and not self._has_room(job):
+                self._drop(job)  # who waits holds nothing: others may need it, and the weights may change
                 return
             self.running.append(self.waiting.popleft())
 
@@ -321,8 +321,6 @@ class Scheduler:
         for sequence in [*job.owned]:
             self._lane(sequence).tables.free(sequence)
         job.owned.clear()
-        if job.on_done:
-            job.on_done(job)
 
 
 def _wanted(chosen: list[_Chosen]) -> list[int]:
