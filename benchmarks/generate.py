@@ -1,6 +1,10 @@
 """Generation speed on smollm2: danlu beside transformers, ctranslate2 and llama.cpp, in turns.
 
     python benchmarks/generate.py [--batches 1 16] [--contestants NAME ...] [--alternations 7] [--json FILE]
+    python benchmarks/generate.py --device cuda
+
+On a GPU the model is a LLaMA shape of 1.1B parameters with random weights, and the peers are transformers,
+compiled and not, and vLLM.
 
 128 tokens in, 128 out, greedy, nothing stops. Every contestant is a process of its own. All are started, have
 their answers compared, are warmed up, and then run by turns while the others sleep. Each call has prompts of
@@ -17,14 +21,15 @@ danlu also runs in its deterministic mode, and with drafts looked up in the text
 decoding): what these cost or gain on such prompts is a ratio too.
 
 The share of memory bandwidth is the bytes of the matrices that a step must read, times steps, over time and
-the rate at which all cores read memory (a sum over 1 GB, measured in every turn). It says how far batch 1 is
-from what the machine can do; at batch 16 arithmetic counts as well.
+the rate at which the device reads memory (a sum over 1 GB, measured in every turn). It says how far batch 1
+is from what the machine can do; at batch 16 arithmetic counts as well.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -60,6 +65,7 @@ class Format:
     """Of a weight. llama.cpp's files say it themselves."""
     agrees: int = 4
     """Least number of the compared tokens that are those of float32."""
+    device: str = "cpu"
 
 
 CONTESTANTS = {
@@ -76,8 +82,14 @@ CONTESTANTS = {
     "llama.cpp bf16": Format("llama.cpp", "bfloat16", 16),
     "llama.cpp Q8_0": Format("llama.cpp", "q8_0", 8.5),
     "llama.cpp Q4_1": Format("llama.cpp", "as it is", 5),
+    "GPU: danlu bf16": Format("danlu", "bf16", 16, device="cuda"),
+    "GPU: danlu int8": Format("danlu", "int8", 8, device="cuda"),
+    "GPU: transformers float32": Format("transformers", "float32", 32, agrees=15, device="cuda"),
+    "GPU: transformers bf16": Format("transformers", "bfloat16", 16, device="cuda"),
+    "GPU: transformers bf16, compiled": Format("transformers", "bfloat16 compiled", 16, device="cuda"),
+    "GPU: vLLM bf16": Format("vllm", "bfloat16", 16, device="cuda"),
 }
-REFERENCE = "transformers float32"
+REFERENCES = ("transformers float32", "GPU: transformers float32")
 
 _KEPT: dict[str, Any] = {}
 """What a process makes once."""
@@ -86,16 +98,22 @@ _KEPT: dict[str, Any] = {}
 # The contestants: each gets the folder with the converted models, and returns its `Generate`.
 
 
-def danlu_program(dtype: str, folder: Path) -> Generate:
+def danlu_program(form: Format, folder: Path) -> Generate:
     import torch
 
     import danlu
     from danlu.generate.sampling import SamplingParams
     from danlu.generate.speculative import PromptLookup, speculative
+    from danlu.model.checkpoint import load_model
+    from danlu.tokens.bpe import train_bpe
 
     torch.set_num_threads(cores())
-    model, tokenizer = danlu.load(MODEL, dtype=torch.float32)
-    kind, _, mode = dtype.partition(" ")
+    kind, _, mode = form.dtype.partition(" ")
+    if form.device == "cuda":
+        model = load_model(folder / "hf", dtype=torch.bfloat16).to("cuda")
+        tokenizer = train_bpe(["danlu danlu"], 259)  # unused: ids go in and out
+    else:
+        model, tokenizer = danlu.load(MODEL, dtype=torch.float32)
     engine: Any = danlu.Engine(model, tokenizer, dtype=kind, deterministic=mode == "deterministic")
 
     def generate(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
@@ -111,17 +129,21 @@ def danlu_program(dtype: str, folder: Path) -> Generate:
     return with_drafts if mode == "look-up" else generate
 
 
-def transformers_program(dtype: str, folder: Path) -> Generate:
+def transformers_program(form: Format, folder: Path) -> Generate:
     import torch
     import transformers
 
     torch.set_num_threads(cores())
+    dtype, _, mode = form.dtype.partition(" ")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=getattr(torch, dtype))
+    model.to(form.device)
     model.generation_config.eos_token_id = None
+    if mode == "compiled":  # a static cache is what makes transformers compile its decoding
+        model.generation_config.cache_implementation = "static"
 
     @torch.no_grad()
     def generate(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=form.device)
         answer = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -134,9 +156,32 @@ def transformers_program(dtype: str, folder: Path) -> Generate:
     return generate
 
 
-def ctranslate2_program(dtype: str, folder: Path) -> Generate:
+def vllm_program(form: Format, folder: Path) -> Generate:
+    import vllm
+
+    model = vllm.LLM(
+        str(folder / "hf"),
+        dtype=form.dtype,
+        skip_tokenizer_init=True,
+        gpu_memory_utilization=0.3,
+        max_model_len=2 * (N_IN + N_OUT),
+    )
+
+    def generate(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
+        params = vllm.SamplingParams(
+            temperature=0, max_tokens=n_tokens, min_tokens=n_tokens, ignore_eos=True, detokenize=False
+        )
+        asked: Any = [{"prompt_token_ids": ids} for ids in prompts]
+        return [list(found.outputs[0].token_ids) for found in model.generate(asked, params, use_tqdm=False)]
+
+    return generate
+
+
+def ctranslate2_program(form: Format, folder: Path) -> Generate:
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
+
+    dtype = form.dtype
 
     # Converted to its own format here: two processes don't share a folder.
     converted = folder / f"ctranslate2-{dtype}"
@@ -158,7 +203,7 @@ def ctranslate2_program(dtype: str, folder: Path) -> Generate:
     return generate
 
 
-def llama_cpp_program(dtype: str, folder: Path) -> Generate:
+def llama_cpp_program(form: Format, folder: Path) -> Generate:
     """Its lower interface: all sequences are one llama_batch, as in its own llama-batched-bench."""
     import llama_cpp
     import numpy as np
@@ -171,7 +216,7 @@ def llama_cpp_program(dtype: str, folder: Path) -> Generate:
     llama_cpp.llama_log_set(silent, None)
     llama_cpp.llama_backend_init()
     settings = llama_cpp.llama_model_default_params()
-    model = llama_cpp.llama_model_load_from_file(str(gguf_of(dtype, folder)).encode(), settings)
+    model = llama_cpp.llama_model_load_from_file(str(gguf_of(form.dtype, folder)).encode(), settings)
     n_words = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     contexts: dict[int, Any] = {}
 
@@ -215,8 +260,9 @@ def llama_cpp_program(dtype: str, folder: Path) -> Generate:
     return generate
 
 
-PROGRAMS: dict[str, Callable[[str, Path], Generate]] = {
+PROGRAMS: dict[str, Callable[[Format, Path], Generate]] = {
     "danlu": danlu_program,
+    "vllm": vllm_program,
     "transformers": transformers_program,
     "ctranslate2": ctranslate2_program,
     "llama.cpp": llama_cpp_program,
@@ -228,7 +274,7 @@ def contestant(name: str, folder: Path, connection: Connection) -> None:
     sys.stdout = sys.stderr
     program = CONTESTANTS[name]
     try:
-        generate = PROGRAMS[program.program](program.dtype, folder)
+        generate = PROGRAMS[program.program](program, folder)
     except Exception as error:  # a program that isn't here, or lacks this format, is left out by name
         connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
         return
@@ -299,6 +345,26 @@ def gguf_of(dtype: str, folder: Path) -> Path:
     return resolve(MODEL) if dtype == "as it is" else folder / f"{dtype}.gguf"
 
 
+def prepare_random(folder: Path) -> None:
+    """Writes a model in TinyLlama's shape (Zhang et al. 2024, table 1)."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+    )
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(sizes)
+    model.bfloat16().save_pretrained(folder / "hf")
+
+
 def prepare(folder: Path, programs: set[str]) -> None:
     """Writes the model in the formats that the contestants read."""
     from transformers import AutoTokenizer
@@ -319,8 +385,11 @@ def prepare(folder: Path, programs: set[str]) -> None:
             )
 
 
-def draw_prompts(count: int, folder: Path) -> list[list[int]]:
+def draw_prompts(count: int, folder: Path, device: str) -> list[list[int]]:
     """The beginnings of `count` different conversations of the package chitchat-dataset, in ids."""
+    if device == "cuda":
+        draw = random.Random(0)
+        return [[draw.randrange(32000) for _ in range(N_IN)] for _ in range(count)]
     from danlu.data.chitchat import read_chitchat
     from danlu.tokens.load import load_tokenizer
 
@@ -341,18 +410,37 @@ def weight_bytes(racer: Contestant, folder: Path) -> float:
     from danlu.model.checkpoint import sizes_of
     from danlu.model.count import parameters
 
-    return parameters(sizes_of(MODEL)) * racer.format.bits / 8
+    sizes = sizes_of(str(folder / "hf") if racer.format.device == "cuda" else MODEL)
+    embedding = 0 if sizes.tied_embeddings else sizes.vocab_size * sizes.width
+    return (parameters(sizes) - embedding) * racer.format.bits / 8
 
 
-def bandwidth() -> float:
-    """Bytes a second that all cores read together from memory: the best of several sums over 1 GB."""
+def bandwidth(device: str) -> float:
+    """Bytes a second that the device reads from memory: the best of several sums over 1 GB."""
     import numpy as np
+
+    if device == "cuda":
+        return _gpu_bandwidth()
 
     best, table = float("inf"), _table(np)
     total = _summing()
     for _ in range(6):
         start = time.perf_counter()
         total(table)
+        best = min(best, time.perf_counter() - start)
+    return table.nbytes / best
+
+
+def _gpu_bandwidth() -> float:
+    import torch
+
+    table = torch.ones(1 << 28, device="cuda")
+    best = float("inf")
+    for _ in range(6):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        table.sum()
+        torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return table.nbytes / best
 
@@ -380,14 +468,14 @@ def _summing() -> Callable[[Any], float]:
 def compare(racers: list[Contestant], prompts: list[list[int]]) -> None:
     """Sets `same`. Ends the run where a contestant doesn't say what the model says."""
     answers = {racer.name: racer.run(prompts, N_COMPARED)[1] for racer in racers}
-    if REFERENCE not in answers:
-        raise SystemExit(f"{REFERENCE} is what the others are compared with: let it take part")
+    if (reference := next((name for name in REFERENCES if name in answers), None)) is None:
+        raise SystemExit(f"{REFERENCES[0]} is what the others are compared with: let it take part")
     for racer in racers:
-        pairs = zip(answers[racer.name], answers[REFERENCE], strict=True)
+        pairs = zip(answers[racer.name], answers[reference], strict=True)
         racer.same = statistics.mean(_agreeing(found, expected) for found, expected in pairs)
         if racer.same < racer.format.agrees:
             raise SystemExit(
-                f"{racer.name} agrees with {REFERENCE} on {racer.same:.1f} of the first {N_COMPARED} tokens, "
+                f"{racer.name} agrees with {reference} on {racer.same:.1f} of the first {N_COMPARED} tokens, "
                 f"which is less than {racer.format.agrees}: that isn't the same model"
             )
 
@@ -407,8 +495,9 @@ def measure(names: list[str], batches: list[int], alternations: int, folder: Pat
         except Absent as reason:
             left_out[name] = str(reason)
             say(f"{name} is left out: {reason}")
+    device = racers[0].format.device
     sets = max(batches) * (2 * (alternations + 1) * len(batches)) + N_PROMPTS
-    pool = iter(draw_prompts(sets, folder))
+    pool = iter(draw_prompts(sets, folder, device))
     compare(racers, list(islice(pool, N_PROMPTS)))
     for batch in batches:
         one, all_of_them = list(islice(pool, batch)), list(islice(pool, batch))
@@ -422,7 +511,7 @@ def measure(names: list[str], batches: list[int], alternations: int, folder: Pat
             one, all_of_them = list(islice(pool, batch)), list(islice(pool, batch))
             for racer in racers if number % 2 == 0 else racers[::-1]:
                 racer.race(batch, one, all_of_them)
-            reads.append(bandwidth())
+            reads.append(bandwidth(device))
             last = "  ".join(f"{racer.rates(batch)[-1]:.0f}" for racer in racers)
             say(f"batch {batch}: {number + 1}/{alternations}  {last}")
     others = quiet.others()
@@ -455,7 +544,7 @@ def row(racer: Contestant, batch: int, speed: float, folder: Path) -> dict[str, 
 
 def ratios(racers: list[Contestant], batch: int) -> dict[str, Any]:
     """danlu over a peer or over itself, within each turn: at equal bits, and the fastest over the fastest."""
-    by_name = {racer.name: racer for racer in racers}
+    by_name = {racer.name.removeprefix("GPU: "): racer for racer in racers}
     ours = [racer for racer in racers if racer.format.program == "danlu" and "," not in racer.name]
     peers = [racer for racer in racers if racer.format.program != "danlu"]
     theirs = [racer for racer in peers if racer.format.program == "transformers"]
@@ -466,6 +555,7 @@ def ratios(racers: list[Contestant], batch: int) -> dict[str, Any]:
         "speculative decoding": (by_name.get("danlu bf16, look-up"), by_name.get("danlu bf16")),
         "fastest over the fastest peer": (fastest(ours, batch), fastest(peers, batch)),
         "fastest over transformers' fastest": (fastest(ours, batch), fastest(theirs, batch)),
+        "beside vLLM": (by_name.get("danlu bf16"), by_name.get("vLLM bf16")),
     }
     found = {}
     for name, (mine, other) in pairs.items():
@@ -489,15 +579,15 @@ def fastest(racers: list[Contestant], batch: int) -> Contestant | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'':21} {'batch':>5} {'tokens/s':>9} {'whole':>7} {'prompt':>8} {'bandwidth':>10} {'same':>5}"]
+    lines = [f"{'':32} {'batch':>5} {'tokens/s':>9} {'whole':>7} {'prompt':>8} {'bandwidth':>10} {'same':>5}"]
     for found in result["rows"]:
         lines.append(
-            f"{found['contestant']:21} {found['batch']:5} {found['tokens_per_second']:9.1f} "
+            f"{found['contestant']:32} {found['batch']:5} {found['tokens_per_second']:9.1f} "
             f"{found['whole_tokens_per_second']:7.1f} {found['prompt_seconds']:6.2f} s "
             f"{found['share_of_bandwidth']:10.1%} {found['same']:5.1f}"
         )
     for name, reason in result["left_out"].items():
-        lines.append(f"{name:21} left out: {reason}")
+        lines.append(f"{name:32} left out: {reason}")
     for name, ratio in result["ratios"].items():
         low, high = ratio["interval"]
         lines.append(
@@ -515,8 +605,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument(
-        "--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME"
+        "--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help="default: all of the device"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--alternations", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
@@ -526,8 +617,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
-        prepare(folder, {CONTESTANTS[name].program for name in options.contestants})
-        measured = measure(options.contestants, options.batches, options.alternations, folder)
+        names = [
+            name
+            for name, form in CONTESTANTS.items()
+            if form.device == options.device and (not options.contestants or name in options.contestants)
+        ]
+        if options.device == "cuda":
+            prepare_random(folder)
+        else:
+            prepare(folder, {CONTESTANTS[name].program for name in names})
+        measured = measure(names, options.batches, options.alternations, folder)
     result = {"machine": asdict(machine()), **measured}
     print(table(result))
     if options.json:

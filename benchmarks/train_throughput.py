@@ -124,9 +124,9 @@ def run_danlu(
     import torch
 
     from danlu.core.device import choose_dtype
+    from danlu.model.compiling import has_compiler
     from danlu.model.transformer import Transformer
     from danlu.tokens.loader import Batch
-    from danlu.train.compiling import has_compiler
     from danlu.train.config import OptimConfig
     from danlu.train.optim import make_optimizer
     from danlu.train.run import adapt, exactness

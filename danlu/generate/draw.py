@@ -37,7 +37,10 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> list[Draw]:
         return [*drawn[:number], found, *drawn[number:]]
     totals = log_sums(logits)
     logprobs = (logits[np.arange(len(rows)), tokens] - totals).tolist()
-    tops = [top_logprobs(logits[i] - totals[i], row.params.logprobs) for i, row in enumerate(rows)]
+    tops = [
+        top_logprobs(logits[i] - totals[i], n) if (n := row.params.logprobs) else []
+        for i, row in enumerate(rows)
+    ]
     return [Draw(*found) for found in zip(tokens, logprobs, tops, strict=True)]
 
 

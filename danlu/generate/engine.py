@@ -15,6 +15,7 @@ from danlu.data.conversations import Messages
 from danlu.generate.blocks import Blocks, Tables
 from danlu.generate.draw import top_logprobs
 from danlu.generate.fast import FastRunner, runs_fast
+from danlu.generate.graphs import GraphRunner, runs_in_graphs
 from danlu.generate.kernels import POSITIONS
 from danlu.generate.packed import Kind
 from danlu.generate.paged import PagedCache, bytes_per_block
@@ -79,7 +80,7 @@ class Engine:
         adapters: Sequence[str] = (),
         helpers: Sequence[Transformer] = (),
         cache_bytes: int | None = None,
-        step_tokens: int = 512,
+        step_tokens: int | None = None,
     ) -> None:
         """`dtype`: of the weights that are computed with, default as the model computes; int8 and int4 are
         rounded copies. `cache_bytes`: of keys and values, default a quarter of the device's memory.
@@ -88,8 +89,8 @@ class Engine:
         without them all are answered with the active one. `helpers`: further models that a program may ask,
         of the same vocabulary: a draft, an amateur. `deterministic`: a request's tokens and
         log-probabilities are the same to the bit, whatever else the engine does in the meantime.
-        `step_tokens`: of prompts that are read in one step.
-        Raises UserError where the cache can't hold anything.
+        `step_tokens`: of prompts that are read in one step, default 512, on a GPU 8192.
+        Raises UserError where the cache can't hold anything, and for `deterministic` on a GPU.
         """
         self.model, self.tokenizer, self.deterministic = model, tokenizer, deterministic
         self._kind, self._helpers, self.adapters = dtype, helpers, list(adapters)
@@ -103,7 +104,8 @@ class Engine:
         if self._scheduler is None:
             models = [self.model, *self._helpers]
             lanes = [self._lane(model, number, len(models)) for number, model in enumerate(models)]
-            self._scheduler = Scheduler(lanes, self._step_tokens)
+            on_cpu = self.model.head_weight.device.type == "cpu"
+            self._scheduler = Scheduler(lanes, self._step_tokens or (512 if on_cpu else 8192))
         return self._scheduler
 
     def _lane(self, model: Transformer, number: int, of: int) -> Lane:
@@ -127,9 +129,14 @@ class Engine:
         named = self.adapters if number == 0 else []
         if device.type == "cpu" and runs_fast(config) and not named:
             return Lane(FastRunner(model, cache, self.deterministic, kind), tables)
-        own = _kind_of(model.compute_dtype or model.head_weight.dtype)
-        lives = kind == own and (kind == "float32" or device.type != "cpu")
+        if device.type != "cpu" and self.deterministic:
+            raise UserError("deterministic mode computes on a processor only", "move the model there")
+        # The live weights serve where they already are what is computed with.
+        lives = kind == _kind_of(model.compute_dtype or model.head_weight.dtype)
+        lives &= kind == _kind_of(model.head_weight.dtype) and (kind == "float32" or device.type != "cpu")
         packed = None if lives and not self.deterministic else kind
+        if device.type == "cuda" and not named and runs_in_graphs(config):
+            return Lane(GraphRunner(model, cache, packed), tables)
         if named and packed is None:
             packed = kind  # the live adapters stay as they are
         return Lane(Runner(model, cache, self.deterministic, packed, named), tables)

@@ -13,7 +13,7 @@ from torch import Tensor
 from danlu.generate import kernels
 from danlu.generate.blocks import Piece
 from danlu.generate.kernels import POSITIONS
-from danlu.model.attention import BLOCK, Block, Scores, alibi, block_probabilities
+from danlu.model.attention import BLOCK, Block, Scores, alibi, block_probabilities, fused_attention
 from danlu.model.config import ModelConfig
 from danlu.model.positions import alibi_slopes
 
@@ -112,7 +112,10 @@ class Step:
         if len(self.short):
             self._read_short(layer, q, scores, out)
         for number in self.long:
-            self._read_long(number, layer, q, scores, out)
+            if scores.plain and self.device.type != "cpu":
+                self._read_whole(number, layer, q, scores, out)
+            else:
+                self._read_long(number, layer, q, scores, out)
         return out
 
     @cached_property
@@ -171,29 +174,53 @@ class Step:
             y = p @ v[:, low:last]
             out[at : at + n_rows] = y.view(q.shape[1], n_rows, -1).transpose(0, 1)
 
+    def _read_whole(self, number: int, layer: int, q: Tensor, scores: Scores, out: Tensor) -> None:
+        """As `_read_long`, by PyTorch's kernels: the fast way on a GPU."""
+        piece, end = self.pieces[number], int(self.ends[number])
+        rows, total = slice(end - len(piece.tokens), end), piece.begin + len(piece.tokens)
+        table = torch.tensor(piece.blocks[: -(-total // POSITIONS)], device=self.device)
+        k = self.cache.keys[layer][table].permute(1, 0, 3, 2).flatten(1, 2)[:, :total]
+        v = self.cache.values[layer][table].permute(1, 0, 2, 3).flatten(1, 2)[:, :total]
+        queries, mask = q[rows].transpose(0, 1)[None].to(out.dtype), None
+        if piece.begin:
+            index = torch.arange(total, device=self.device)
+            mask = (index <= index[piece.begin :, None])[None, None]
+        k, v = k[None].to(out.dtype), v[None].to(out.dtype)
+        out[rows] = fused_attention(queries, k, v, mask, scores.scale)[0]
+
     def _gathered(self, layer: int, q: Tensor, scores: Scores, out: Tensor) -> None:
-        """As the kernel, by PyTorch: each short piece's keys gathered into a row of a batch."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        """As the kernel, by PyTorch."""
         index, rows, positions = self._short_tensors
         tables = torch.from_numpy(self.tables).long().to(self.device)[rows]
-        k = keys[tables].permute(0, 2, 1, 4, 3).flatten(2, 3).to(out.dtype)  # (N, G, S, E)
-        v = values[tables].permute(0, 2, 1, 3, 4).flatten(2, 3).to(out.dtype)
-        queries = q[index].to(out.dtype)
-        slots = torch.arange(k.shape[2], device=self.device)
-        hidden = slots > positions[:, None]
-        if scores.window:
-            hidden |= slots <= positions[:, None] - scores.window
-        grouped = queries.view(len(queries), k.shape[1], -1, k.shape[3]) * scores.scale
-        s = (grouped @ k.mT).float().flatten(1, 2)
-        if scores.softcap:
-            s = (s / scores.softcap).tanh() * scores.softcap
-        if scores.alibi:
-            s = s + alibi(q.shape[1], positions, slots).transpose(0, 1)
-        p = s.masked_fill(hidden[:, None], -math.inf).softmax(-1).to(out.dtype)
-        out[index] = (p.view(*grouped.shape[:3], -1) @ v).flatten(1, 2)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        out[index] = gathered_attention(q[index].to(out.dtype), keys, values, tables, positions, scores)
 
     @cached_property
     def _short_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.from_numpy(self.short)
         rows, positions = torch.from_numpy(self.rows).long(), torch.from_numpy(self.positions)
         return index.to(self.device), rows[index].to(self.device), positions[index].to(self.device)
+
+
+def gathered_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, positions: Tensor, scores: Scores
+) -> Tensor:
+    """Attention of one token of each of N sequences over a layer of the cache: (N, H, E).
+
+    q (N, H, E); tables (N, S): the blocks that hold a token's sequence; positions (N,). Keys and values are
+    gathered into a row of a batch.
+    """
+    k = keys[tables].permute(0, 2, 1, 4, 3).flatten(2, 3).to(q.dtype)  # (N, G, S P, E)
+    v = values[tables].permute(0, 2, 1, 3, 4).flatten(2, 3).to(q.dtype)
+    slots = torch.arange(k.shape[2], device=q.device)
+    hidden = slots > positions[:, None]
+    if scores.window:
+        hidden |= slots <= positions[:, None] - scores.window
+    grouped = q.view(len(q), k.shape[1], -1, k.shape[3]) * scores.scale
+    s = (grouped @ k.mT).float().flatten(1, 2)
+    if scores.softcap:
+        s = (s / scores.softcap).tanh() * scores.softcap
+    if scores.alibi:
+        s = s + alibi(q.shape[1], positions, slots).transpose(0, 1)
+    p = s.masked_fill(hidden[:, None], -math.inf).softmax(-1).to(q.dtype)
+    return (p.view(*grouped.shape[:3], -1) @ v).flatten(1, 2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Runner:
         self.whole = scaling is not None and scaling.kind in ("dynamic", "longrope")
         """Whether a sequence has to be read in one piece, and alone: angles hang on its length."""
         self.adapters = adapters
-        self.state = self._state()
+        self.state: Any = self._state()
         self.twin = model
         self.head: PackedLinear | None = None
         if kind is not None:
@@ -91,8 +92,10 @@ class Runner:
         return list(self.model.parameters()), adapted
 
     def look_again(self) -> None:
-        """Before new requests: the model may have got adapters, or lost them."""
-        self.__dict__.pop("_parts", None)
+        """Before new requests: the model may have got adapters, or other parameters."""
+        parameters, _ = self.__dict__.pop("_parts")
+        if any(old is not new for old, new in zip_longest(parameters, self._parts[0])):
+            self.state = None
 
     @torch.no_grad()
     def run(

@@ -169,7 +169,7 @@ def block_probabilities(
 def alibi(n_heads: int, queries: Tensor, keys: Tensor) -> Tensor:
     """What ALiBi adds to the scores: (H, *queries, keys) float32, minus slope · distance."""
     distance = queries[..., None] - keys
-    slopes = alibi_slopes(n_heads).to(keys.device)
+    slopes = alibi_slopes(n_heads, keys.device)
     return -slopes.view(-1, *[1] * distance.ndim) * distance
 
 

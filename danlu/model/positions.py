@@ -26,10 +26,13 @@ def rotary(config: ModelConfig, layer: int, positions: Tensor) -> Rotation | Non
     if rope is None:
         return None
     theta, scaling = rope
-    by_length = scaling is not None and scaling.kind in ("dynamic", "longrope")
-    longest = int(positions.max()) + 1 if by_length else 0
-    frequencies, factor = rope_frequencies(theta, config.rope_width or config.head_width, scaling, longest)
-    angles = positions[..., None, None] * frequencies.to(positions.device)
+    width = config.rope_width or config.head_width
+    if scaling is not None and scaling.kind in ("dynamic", "longrope"):
+        frequencies, factor = rope_frequencies(theta, width, scaling, int(positions.max()) + 1)
+        frequencies = frequencies.to(positions.device)
+    else:
+        frequencies, factor = _frequencies_on(positions.device, theta, width, scaling)
+    angles = positions[..., None, None] * frequencies
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
@@ -61,6 +64,15 @@ def rope_frequencies(
         high += 0.001
     kept = 1 - ((torch.arange(width // 2) - low) / (high - low)).clamp(0, 1).double()
     return plain * (kept + (1 - kept) / scaling.factor), yarn_factor(scaling)
+
+
+@cache
+def _frequencies_on(
+    device: torch.device, theta: float, width: int, scaling: RopeScaling | None
+) -> tuple[Tensor, float]:
+    """Made once: a copy to a GPU in every step would stall it, and can't be part of a CUDA graph."""
+    frequencies, factor = rope_frequencies(theta, width, scaling)
+    return frequencies.to(device), factor
 
 
 def _yarn_bound(turns: float, width: int, theta: float, scaling: RopeScaling) -> float:
@@ -98,7 +110,7 @@ def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
 
 
 @cache
-def alibi_slopes(n_heads: int) -> Tensor:
+def alibi_slopes(n_heads: int, device: torch.device | str = "cpu") -> Tensor:
     """(H,) float32: what a head's score loses a token of distance. Press et al. 2022, section 3.
 
     2^(-8/n), 2^(-16/n), … for n a power of two; else those of the power below, and then every other one of
@@ -107,4 +119,4 @@ def alibi_slopes(n_heads: int) -> Tensor:
     power = 2 ** math.floor(math.log2(n_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(n_heads - power)]
-    return torch.tensor(slopes)
+    return torch.tensor(slopes, device=device)

@@ -7,8 +7,8 @@ from danlu.core.errors import UserError
 from danlu.core.verbs import Estimate
 from danlu.model import count
 from danlu.model.checkpoint import sizes_of
+from danlu.model.compiling import should_compile
 from danlu.model.config import ModelConfig
-from danlu.train.compiling import should_compile
 from danlu.train.config import TrainConfig
 
 UTILISATION = 0.35

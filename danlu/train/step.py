@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from danlu.core.allocator import keep_freed_memory
 from danlu.core.errors import UserError
 from danlu.model import parallel
+from danlu.model.compiling import compiled_layers
 from danlu.model.cross_entropy import linear_cross_entropy
 from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch
-from danlu.train.compiling import compiled_layers
 from danlu.train.optim import by_kind
 
 

@@ -10,10 +10,10 @@ from danlu.core.errors import UserError
 from danlu.core.metrics import read_metrics
 from danlu.model import parallel
 from danlu.model.checkpoint import base_digest, resolve, save_adapted, save_model
+from danlu.model.compiling import should_compile
 from danlu.tokens.loader import Batch
 from danlu.train import held_out, run
 from danlu.train.checkpoint import Checkpointer, random_state, set_random_state
-from danlu.train.compiling import should_compile
 from danlu.train.config import TrainConfig
 from danlu.train.guard import Alarm, Guard
 from danlu.train.journal import Journal

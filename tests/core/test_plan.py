@@ -129,7 +129,7 @@ def test_what_will_not_work_is_said_before(
 
 def test_compiling_without_a_compiler_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("danlu.train.compiling.has_compiler", lambda: False)
+    monkeypatch.setattr("danlu.model.compiling.has_compiler", lambda: False)
     (problem,) = make("quickstart", overrides=["chat.compile=on"]).problems
     assert problem.startswith("chat: compile is on, and no C++ compiler is found")
 

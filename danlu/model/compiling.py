@@ -43,7 +43,7 @@ def _compiled(method: Callable[..., object]) -> Callable[..., object]:
 
 @contextmanager
 def compiled_layers(model: Transformer) -> Iterator[None]:
-    """Compiled layers for the time of a training step; decoding and evaluation stay as they are."""
+    """Compiled layers within the block; outside they stay as they are."""
     methods = {"before": _compiled(Layer.before), "after": _compiled(Layer.after)}
     for layer in model.layers:
         for name, method in methods.items():
