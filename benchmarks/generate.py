@@ -300,7 +300,7 @@ class Contestant:
         context = multiprocessing.get_context("spawn")
         self.name, self.format = name, CONTESTANTS[name]
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=contestant, args=(name, folder, theirs))
+        self.process = context.Process(target=contestant, args=(name, folder, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self.same = 0.0

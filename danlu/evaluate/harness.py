@@ -111,7 +111,8 @@ class EngineLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether every token of it is the most probable one)."""
         pairs = [self._fitting(context, continuation) for _texts, context, continuation in requests]
-        answers = [(found.logprob, found.greedy) for found in self.engine.likelihoods(pairs)]
+        scored = self.engine.likelihoods(pairs, progress="likelihoods")
+        answers = [(found.logprob, found.greedy) for found in scored]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
@@ -195,7 +196,8 @@ class EngineLM(TemplateLM):
             stop=tuple(text for text in until if text and text not in special),
             seed=seed,
         )
+        found = self.engine.generate([ids[-room:] for ids in prompts], params, progress="answers")
         return [
             postprocess_generated_text(self.tokenizer.decode(completion.ids), until, None)
-            for completion in self.engine.generate([ids[-room:] for ids in prompts], params)
+            for completion in found
         ]

@@ -28,7 +28,7 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> list[Draw]:
     """A token for each row of logits (B, V). What is wrong with one row is no matter of the others."""
     try:
         params = [row.params for row in rows]
-        tokens = choose(process(logits, rows, params), rows, params).tolist()
+        tokens = choose(process(logits, rows, params), rows, params)
     except RowError as error:
         found = Draw(0, 0.0, error=error)
         number = next(i for i, row in enumerate(rows) if row is error.row)
@@ -36,12 +36,12 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> list[Draw]:
         drawn = draw(logits[others], [rows[i] for i in others]) if others else []
         return [*drawn[:number], found, *drawn[number:]]
     totals = log_sums(logits)
-    logprobs = (logits[np.arange(len(rows)), tokens] - totals).tolist()
+    logprobs = logits.gather(1, tokens[:, None])[:, 0] - totals
     tops = [
         top_logprobs(logits[i] - totals[i], n) if (n := row.params.logprobs) else []
         for i, row in enumerate(rows)
     ]
-    return [Draw(*found) for found in zip(tokens, logprobs, tops, strict=True)]
+    return [Draw(*found) for found in zip(tokens.tolist(), logprobs.tolist(), tops, strict=True)]
 
 
 def log_sums(logits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import codecs
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from danlu.core.errors import UserError
 from danlu.core.host import memory_bytes
+from danlu.core.progress import Progress
 from danlu.data.conversations import Messages
 from danlu.generate.blocks import Blocks, Tables
 from danlu.generate.draw import top_logprobs
@@ -196,16 +198,21 @@ class Engine:
         self.scheduler.step()
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        progress: str = "",
     ) -> list[Completion]:
-        """One completion a prompt. Raises UserError for a prompt beyond the context."""
+        """One completion a prompt. `progress`: under which name it is reported, "" = not.
+
+        Raises UserError for a prompt beyond the context.
+        """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         requests: list[Request] = []
         try:
             for prompt, own in zip(prompts, each, strict=True):
                 requests.append(self.submit(prompt, own))
-            for request in requests:
-                request.wait()
+            self._work([request.job for request in requests], progress)
         finally:
             for request in requests:
                 request.cancel()
@@ -223,8 +230,11 @@ class Engine:
         """The assistant's next turn."""
         return self.generate([messages], params)[0]
 
-    def run(self, *programs: Any) -> list[Any]:
-        """What each program returns, run together: functions of `Sequences`, see `program.py`."""
+    def run(self, *programs: Any, progress: str = "") -> list[Any]:
+        """What each program returns, run together: functions of `Sequences`, see `program.py`.
+
+        `progress`: as in `generate`.
+        """
         jobs = []
         for program in programs:
             sequences = Owned(self.scheduler.lanes)
@@ -232,25 +242,37 @@ class Engine:
         try:
             for job in jobs:
                 self.scheduler.submit(job)
-            while not all(job.done for job in jobs):
-                self.scheduler.step()
+            self._work(jobs, progress)
         finally:
             for job in jobs:
                 self.scheduler.cancel(job)
-        for job in jobs:
-            if job.error is not None:
-                raise job.error
         return [job.result for job in jobs]
+
+    def _work(self, jobs: Sequence[Job], label: str) -> None:
+        """Steps until all are done, or one has failed: its error is raised."""
+        with Progress(label, len(jobs), "requests") if label else nullcontext() as progress:
+            while left := sum(not job.done for job in jobs):
+                self.step()
+                if progress is not None:
+                    progress.update(len(jobs) - left)
+                if (failed := next((job for job in jobs if job.error is not None), None)) is not None:
+                    assert failed.error is not None
+                    raise failed.error
+            if progress is not None:
+                progress.update(len(jobs))
 
     def likelihood(self, prefix: str | list[int], continuations: Sequence[list[int]]) -> list[Likelihood]:
         """Of each continuation of one beginning, which is read once."""
         ids = self.prompt_ids(prefix)
         return self.likelihoods([(ids, continuation) for continuation in continuations])
 
-    def likelihoods(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
+    def likelihoods(
+        self, requests: Sequence[tuple[list[int], list[int]]], progress: str = ""
+    ) -> list[Likelihood]:
         """Of (prefix, continuation) pairs in tokens. What prefixes have in common is read once.
 
-        Raises UserError for an empty prefix or continuation, and for a pair beyond the context.
+        `progress`: as in `generate`. Raises UserError for an empty prefix or continuation, and for a pair
+        beyond the context.
         """
         for prefix, continuation in requests:
             self._check_pair(prefix, continuation)
@@ -262,7 +284,7 @@ class Engine:
             for group in groups
         ]
         found: list[Any] = [None] * len(requests)
-        for group, answers in zip(groups, self.run(*programs), strict=True):
+        for group, answers in zip(groups, self.run(*programs, progress=progress), strict=True):
             for number, answer in zip(group, answers, strict=True):
                 found[number] = answer
         return found

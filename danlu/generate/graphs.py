@@ -16,7 +16,7 @@ from danlu.core.host import has_compiler
 from danlu.generate.blocks import Piece
 from danlu.generate.kernels import POSITIONS
 from danlu.generate.packed import Kind
-from danlu.generate.paged import PagedCache, gathered_attention
+from danlu.generate.paged import PagedCache, token_attention
 from danlu.generate.runner import Runner
 from danlu.model.attention import Scores
 from danlu.model.compiling import compiled_layers
@@ -68,7 +68,7 @@ class FixedStep:
         keys[self.blocks, :, :, self.slots] = k[0].transpose(0, 1).to(keys.dtype)
         values[self.blocks, :, self.slots] = v[0].transpose(0, 1).to(values.dtype)
         queries = q[0].transpose(0, 1).contiguous()
-        return gathered_attention(queries, keys, values, self.tables, self.positions, scores)[None]
+        return token_attention(queries, keys, values, self.tables, self.positions, scores)[None]
 
 
 class GraphRunner(Runner):

@@ -17,6 +17,11 @@ from danlu.model.attention import BLOCK, Block, Scores, alibi, block_probabiliti
 from danlu.model.config import ModelConfig
 from danlu.model.positions import alibi_slopes
 
+try:
+    from danlu.generate import gpu_kernels
+except ModuleNotFoundError:  # Triton comes with PyTorch for GPUs only
+    gpu_kernels = None  # type: ignore[assignment]
+
 SHORT = 8
 """Most tokens of a piece whose attention the processor's kernel computes; longer ones are matrix products."""
 
@@ -189,11 +194,11 @@ class Step:
         out[rows] = fused_attention(queries, k, v, mask, scores.scale)[0]
 
     def _gathered(self, layer: int, q: Tensor, scores: Scores, out: Tensor) -> None:
-        """As the kernel, by PyTorch."""
+        """As the processor's kernel."""
         index, rows, positions = self._short_tensors
         tables = torch.from_numpy(self.tables).long().to(self.device)[rows]
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        out[index] = gathered_attention(q[index].to(out.dtype), keys, values, tables, positions, scores)
+        out[index] = token_attention(q[index].to(out.dtype), keys, values, tables, positions, scores)
 
     @cached_property
     def _short_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,14 +207,22 @@ class Step:
         return index.to(self.device), rows[index].to(self.device), positions[index].to(self.device)
 
 
-def gathered_attention(
+def token_attention(
     q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, positions: Tensor, scores: Scores
 ) -> Tensor:
     """Attention of one token of each of N sequences over a layer of the cache: (N, H, E).
 
-    q (N, H, E); tables (N, S): the blocks that hold a token's sequence; positions (N,). Keys and values are
-    gathered into a row of a batch.
+    q (N, H, E); tables (N, S): the blocks that hold a token's sequence; positions (N,).
     """
+    if q.is_cuda and gpu_kernels is not None and gpu_kernels.fits(q, keys):
+        return gpu_kernels.attend(q, keys, values, tables, positions, scores)
+    return gathered_attention(q, keys, values, tables, positions, scores)
+
+
+def gathered_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, positions: Tensor, scores: Scores
+) -> Tensor:
+    """`token_attention` by PyTorch: keys and values are copied into a row of a batch."""
     k = keys[tables].permute(0, 2, 1, 4, 3).flatten(2, 3).to(q.dtype)  # (N, G, S P, E)
     v = values[tables].permute(0, 2, 1, 3, 4).flatten(2, 3).to(q.dtype)
     slots = torch.arange(k.shape[2], device=q.device)

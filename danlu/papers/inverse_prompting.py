@@ -149,10 +149,11 @@ def _process(engine: Engine, temperature: float) -> Process:
 
 
 def _run(
-    engine: Engine, programs: Sequence[Any], ranked: Callable[[list[Answer]], list[Answer]]
+    engine: Engine, name: str, programs: Sequence[Any], ranked: Callable[[list[Answer]], list[Answer]]
 ) -> list[str]:
     """The text of each program's best answer."""
-    return [engine.tokenizer.decode(ranked(answers)[0].ids) for answers in engine.run(*programs)]
+    found = engine.run(*programs, progress=name)
+    return [engine.tokenizer.decode(ranked(answers)[0].ids) for answers in found]
 
 
 def _inverse(
@@ -169,7 +170,7 @@ def _inverse(
         return lambda held: inverse_prompting(held, _prompt(engine, row), inverse, params, process)
 
     programs = [program(row, target) for row, target in zip(rows, targets, strict=True)]
-    return _run(engine, programs, lambda answers: answers)
+    return _run(engine, INVERSE if targets is rows else OTHER, programs, lambda answers: answers)
 
 
 def _beam(engine: Engine, rows: Sequence[Row], setup: Setup) -> list[str]:
@@ -178,7 +179,7 @@ def _beam(engine: Engine, rows: Sequence[Row], setup: Setup) -> list[str]:
     def program(row: Row) -> Any:
         return lambda held: beam_search(held, _prompt(engine, row), params, _process(engine, 1.0))
 
-    return _run(engine, [program(row) for row in rows], lambda answers: answers)
+    return _run(engine, BEAM, [program(row) for row in rows], lambda answers: answers)
 
 
 def _likeliest(engine: Engine, rows: Sequence[Row], setup: Setup, seed: int) -> list[str]:
@@ -188,7 +189,7 @@ def _likeliest(engine: Engine, rows: Sequence[Row], setup: Setup, seed: int) -> 
         return lambda held: sample(held, _prompt(engine, row), n, setup.tokens, (), process, seed)
 
     programs = [program(row) for row in rows]
-    return _run(engine, programs, lambda answers: best_of_n(answers, log_likelihood_per_token))
+    return _run(engine, LIKELIHOOD, programs, lambda answers: best_of_n(answers, log_likelihood_per_token))
 
 
 # Relevance

@@ -101,11 +101,12 @@ def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Re
     prompts, human = prompts_and_humans(source, engine, setup)
     arms = {HUMAN: _measured(human, _human_nats(engine, prompts, human))}
     for name, params in _sampling_arms(engine, setup, config.seed).items():
-        completions = engine.generate(prompts, params)
+        completions = engine.generate(prompts, params, progress=name)
         nats = [-sum(c.logprobs) / len(c.logprobs) for c in completions]
         arms[name] = _measured([c.ids for c in completions], nats)
     arms[BEAM] = _beam_arm(engine, prompts, setup)
-    save_plot(_plot(arms), folder)
+    found = {name: figures(arm) for name, arm in arms.items()}
+    save_plot(_plot(found), folder)
     return judged(
         Result(
             paper="Holtzman et al. 2020: The Curious Case of Neural Text Degeneration",
@@ -115,7 +116,7 @@ def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Re
             seeds=[config.seed, config.seed + 1],
             seconds=time.monotonic() - begin,
             not_tested="GPT-2 Large and WebText; human ratings; 5,000 long continuations; 16 beams.",
-            figures={"texts": str(source), **{name: figures(arm) for name, arm in arms.items()}},
+            figures={"texts": str(source), **found},
         )
     )
 
@@ -188,7 +189,7 @@ def _beam_arm(engine: Engine, prompts: list[list[int]], setup: Setup) -> Arm:
     programs = [
         lambda sequences, ids=ids: beam_search(sequences, ids, params, without_stops) for ids in prompts
     ]
-    found = [answers[0] for answers in engine.run(*programs)]
+    found = [answers[0] for answers in engine.run(*programs, progress=BEAM)]
     return _measured([a.ids for a in found], [-sum(a.logprobs) / len(a.logprobs) for a in found])
 
 
@@ -336,15 +337,21 @@ def _nearest(claim: str, arms: dict[str, Arm], values: Callable[[Arm], list[floa
     )
 
 
-def _plot(arms: dict[str, Arm]) -> Any:
+def _plot(found: dict[str, dict[str, float]]) -> Any:
     """Perplexity against self-BLEU, an arm a point."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, arm in arms.items():
-        found = figures(arm)
-        axes.plot(found["perplexity"], found["self_bleu"], "k*" if name == HUMAN else "o", label=name)
-        axes.annotate(name, (found["perplexity"], found["self_bleu"]))
+    for name, numbers in found.items():
+        marker = {HUMAN: "k*", AGAIN: "x"}.get(name, "o")
+        axes.plot(numbers["perplexity"], numbers["self_bleu"], marker, markersize=9, label=name)
     axes.set(xscale="log", xlabel="perplexity", ylabel="self-BLEU")
+    ticks = [1, 2, 5, 10, 20, 50, 100]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    perplexities = [numbers["perplexity"] for numbers in found.values()]
+    axes.set_xlim(min(perplexities) / 1.2, max(perplexities) * 1.2)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure

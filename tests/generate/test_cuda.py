@@ -10,12 +10,22 @@ from torch import Tensor
 from danlu.core.errors import UserError
 from danlu.generate.engine import Completion, Engine
 from danlu.generate.graphs import GraphRunner
-from danlu.generate.sampling import SamplingParams
+from danlu.generate.sampling import Row, SamplingParams, choose, process
 from danlu.model.transformer import Transformer
 from danlu.tokens.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 PARAMS = SamplingParams(max_tokens=40, temperature=0, stop_ids=())
+
+PROCESSORS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    {"min_p": 0.05, "typical_p": 0.9},
+    {"epsilon_cutoff": 0.001, "eta_cutoff": 0.001},
+    {"mirostat_tau": 3.0},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    {"no_repeat_ngram": 2, "min_tokens": 5, "banned": (7, 8), "logit_bias": ((5, 2.0),)},
+]
 
 
 @torch.no_grad()
@@ -78,6 +88,21 @@ def test_steps_follow_changed_weights(tokenizer: Tokenizer) -> None:
     matrix.weight = torch.nn.Parameter(torch.randn_like(matrix.weight))
     for prompt, found in zip(prompts(), engine.generate(prompts(), PARAMS), strict=True):
         check(model, prompt, found, 2e-3)
+
+
+@pytest.mark.parametrize("options", PROCESSORS, ids=str)
+def test_choice_as_on_a_processor(options: dict[str, Any], tokenizer: Tokenizer) -> None:
+    logits = torch.randn(4, 330, generator=torch.Generator().manual_seed(0)) * 3
+
+    def tokens(device: str) -> tuple[Tensor, list[int]]:
+        params = [SamplingParams(seed=seed, **options) for seed in range(4)]
+        rows = [Row([1, 2, 3, 1, 2], own, tokenizer) for own in params]
+        processed = process(logits.to(device), rows, params)
+        return processed.cpu(), choose(processed, rows, params).tolist()
+
+    (theirs, expected), (ours, found) = tokens("cpu"), tokens("cuda")
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert found == expected
 
 
 def test_deterministic_mode_is_refused(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,126 @@
+"""Attention of single tokens over the cache on a GPU, in Triton, which comes with PyTorch there.
+
+Keys and values are read once, where they lie, for all heads that share them (Dao et al. 2022, FlashAttention,
+algorithm 1: a running maximum, and sums that are scaled to it).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from danlu.generate.kernels import POSITIONS
+from danlu.model.attention import Scores
+from danlu.model.positions import alibi_slopes
+
+TILE = 64
+"""Positions that are read at a time."""
+ROWS = 16
+"""Least rows of a product; heads that share keys are filled up to it."""
+
+
+def fits(q: Tensor, keys: Tensor) -> bool:
+    """Whether the kernel can read such heads: of a power of two numbers."""
+    width = q.shape[2]
+    return 16 <= width <= 256 and width & (width - 1) == 0 and q.dtype == keys.dtype
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, positions: Tensor, scores: Scores
+) -> Tensor:
+    """As `paged.gathered_attention`."""
+    n, n_heads, width = q.shape
+    groups = keys.shape[1]
+    out = torch.empty_like(q)
+    slopes = alibi_slopes(n_heads, q.device) if scores.alibi else q
+    _attend[(n, groups)](
+        q,
+        keys,
+        values,
+        tables,
+        tables.stride(0),
+        positions,
+        positions.stride(0),
+        slopes,
+        out,
+        scores.scale,
+        scores.softcap,
+        scores.window,
+        shared=n_heads // groups,
+        rows=max(ROWS, triton.next_power_of_2(n_heads // groups)),
+        width=width,
+        slots=POSITIONS,
+        tile=TILE,
+        has_softcap=scores.softcap > 0,
+        has_window=scores.window > 0,
+        has_alibi=scores.alibi,
+    )
+    return out
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its own
+    q,
+    keys,
+    values,
+    tables,
+    table_stride,
+    positions,
+    position_stride,
+    slopes,
+    out,
+    scale,
+    softcap,
+    window,
+    shared: tl.constexpr,
+    rows: tl.constexpr,
+    width: tl.constexpr,
+    slots: tl.constexpr,
+    tile: tl.constexpr,
+    has_softcap: tl.constexpr,
+    has_window: tl.constexpr,
+    has_alibi: tl.constexpr,
+):
+    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position = tl.load(positions + token * position_stride)
+    head = tl.arange(0, rows)
+    mine = head < shared
+    entries = tl.arange(0, width)
+    places = (token * tl.num_programs(1) + group) * shared * width + head[:, None] * width + entries[None, :]
+    queries = tl.load(q + places, mask=mine[:, None], other=0.0)
+    if has_alibi:
+        slope = tl.load(slopes + group * shared + head, mask=mine, other=0.0)
+    highest = tl.full([rows], float("-inf"), tl.float32)
+    total = tl.zeros([rows], tl.float32)
+    mixed = tl.zeros([rows, width], tl.float32)
+    begin = 0
+    if has_window:
+        begin = tl.maximum(position + 1 - window, 0) // tile * tile
+    for first in range(begin, position + 1, tile):
+        index = first + tl.arange(0, tile)
+        seen = index <= position
+        if has_window:
+            seen = seen & (index > position - window)
+        block = tl.load(tables + token * table_stride + index // slots, mask=seen, other=0)
+        base = (block * tl.num_programs(1) + group) * (slots * width)
+        slot = index % slots
+        k = tl.load(
+            keys + base[None, :] + entries[:, None] * slots + slot[None, :], mask=seen[None, :], other=0.0
+        )
+        s = tl.dot(queries, k, input_precision="ieee") * scale
+        if has_softcap:
+            bent = s / softcap
+            s = softcap * (2.0 / (1.0 + tl.exp(-2.0 * bent)) - 1.0)
+        if has_alibi:
+            s = s - slope[:, None] * (position - index)[None, :].to(tl.float32)
+        s = tl.where(seen[None, :], s, float("-inf"))
+        higher = tl.maximum(highest, tl.max(s, 1))
+        p = tl.exp(s - higher[:, None])
+        kept = tl.exp(highest - higher)
+        v = tl.load(
+            values + base[:, None] + slot[:, None] * width + entries[None, :], mask=seen[:, None], other=0.0
+        )
+        total = total * kept + tl.sum(p, 1)
+        mixed = mixed * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        highest = higher
+    tl.store(out + places, (mixed / total[:, None]).to(out.dtype.element_ty), mask=mine[:, None])
