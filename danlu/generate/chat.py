@@ -40,7 +40,7 @@ class Conversation:
 
 def chat(config: ChatConfig) -> None:
     """Reads from the terminal or a pipe until its end."""
-    engine = make_engine(config.model, config.dtype)
+    engine = make_engine(config.model, config.dtype, device=config.device)
     engine.prompt_ids([{"role": "user", "content": "Hi"}])  # a model that can't chat says so at once
     session = Session(config, engine)
     if sys.stdin.isatty():

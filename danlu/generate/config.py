@@ -59,8 +59,11 @@ class GenerateConfig(SamplingConfig):
     dtype: Literal["auto", "float32", "bf16", "int8", "int4"] = Field(
         "auto", description="of the weights that it computes with: auto is bf16 where the hardware has it"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     deterministic: bool = Field(
-        True, description="a seed's answer is the same whatever --n is; false reads long prompts sooner"
+        True,
+        description="a seed's answer is the same whatever --n is, on a processor; false reads long prompts "
+        "sooner",
     )
 
 
@@ -72,3 +75,4 @@ class ChatConfig(SamplingConfig):
     dtype: Literal["auto", "float32", "bf16", "int8", "int4"] = Field(
         "auto", description="of the weights that it computes with: auto is bf16 where the hardware has it"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")

@@ -24,7 +24,7 @@ from danlu.generate.paged import PagedCache, bytes_per_block
 from danlu.generate.program import Feed, Program, Sequences
 from danlu.generate.runner import Runner
 from danlu.generate.sampling import Row, SamplingParams
-from danlu.generate.scheduler import Job, Lane, Owned, Scheduler
+from danlu.generate.scheduler import NOT_NUMBERS, Job, Lane, Owned, Scheduler
 from danlu.model.lora import adapted_layers
 from danlu.model.transformer import Transformer
 from danlu.tokens.chat import render_prompt
@@ -53,6 +53,15 @@ class Completion:
     prompt_logprobs: list[float] = field(default_factory=list)
     """Of the prompt's tokens from the second on, where asked for."""
     prompt_top: list[list[tuple[int, float]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The copies of the weights that an engine computes with."""
+
+    n_bytes: int
+    seconds: float
+    """What it took to write them, the last time that the weights had changed."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,13 @@ class Engine:
             raise UserError(
                 "several adapters in one batch are not deterministic", "merge one, or leave deterministic off"
             )
+
+    @property
+    def packing(self) -> Packing:
+        runners = [lane.runner for lane in self.scheduler.lanes]
+        return Packing(
+            sum(runner.packed_bytes for runner in runners), sum(runner.packing_seconds for runner in runners)
+        )
 
     @property
     def capacity(self) -> int:
@@ -396,7 +412,7 @@ class Request:
             if drawn.error is not None:
                 raise drawn.error
             if math.isnan(drawn.logprob):
-                raise UserError("the model's logits are not numbers", "take an earlier checkpoint")
+                raise UserError(NOT_NUMBERS, "take an earlier checkpoint")
             self.row.accept(drawn.token)
             completion.ids.append(drawn.token)
             completion.logprobs.append(drawn.logprob)

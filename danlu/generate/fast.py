@@ -4,6 +4,7 @@ A step of few tokens is one call of `kernels.decode`, which reads each weight on
 bound by arithmetic: its products run in oneDNN, on weights packed in the order that it likes best.
 """
 
+import time
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -14,8 +15,20 @@ from torch import Tensor, nn
 
 from danlu.generate import kernels
 from danlu.generate.blocks import Piece
-from danlu.generate.packed import Kind, Matrix, bias_of, empty, multiply, pack, reordered, weight_of
+from danlu.generate.packed import (
+    Kind,
+    Matrix,
+    bias_of,
+    empty,
+    multiply,
+    pack,
+    pairs,
+    reordered,
+    reordered_bytes,
+    weight_of,
+)
 from danlu.generate.paged import PagedCache, Step, as_array
+from danlu.generate.products import product
 from danlu.generate.runner import Runner
 from danlu.model.attention import Scores
 from danlu.model.config import ModelConfig
@@ -25,6 +38,8 @@ from danlu.model.transformer import Layer, Transformer
 
 FEW = 4
 """Most tokens of a step that `kernels.decode` computes faster than oneDNN."""
+FEW_IN_PAIRS = 64
+"""The same, with matrices in pairs."""
 
 
 def runs_fast(config: ModelConfig) -> bool:
@@ -57,11 +72,13 @@ class FastRunner(Runner):
         n, width, ffn = config.n_layers, config.width, config.ffn_width
         self.q_width, kv_width = config.n_heads * config.head_width, config.n_kv_heads * config.head_width
         self.n_rows = self.q_width + 2 * kv_width
-        self.qkv = empty((n, self.n_rows, width), kind)
-        self.out = empty((n, width, self.q_width), kind)
-        self.gate_up = empty((n, 2 * ffn, width), kind)
-        self.down = empty((n, width, ffn), kind)
-        self.output = empty((config.vocab_size, width), kind)
+        shapes = [(n, self.n_rows, width), (n, width, self.q_width), (n, ffn, width), (n, width, ffn)]
+        paired = all(pairs(shape, kind) for shape in shapes)
+        shapes[2] = n, 2 * ffn, width
+        self.qkv, self.out, self.gate_up, self.down = (empty(shape, kind, paired) for shape in shapes)
+        vocabulary = config.vocab_size, width
+        self.output = empty(vocabulary, kind, pairs(vocabulary, kind))
+        self.few = FEW_IN_PAIRS if paired else FEW
         self.qkv_bias = torch.zeros(n, self.n_rows if config.qkv_bias else 0)
         self.norms, self.last_norm = torch.empty(n, 2, width), torch.empty(width)
         self.head_norms = torch.empty((n, 2, config.head_width) if config.qk_norm else (n, 0, 0))
@@ -79,9 +96,11 @@ class FastRunner(Runner):
         self._pack()
 
     @property
-    def n_bytes(self) -> int:
-        """Of the packed weights, one copy."""
-        return sum(m.n_bytes for m in (self.qkv, self.out, self.gate_up, self.down, self.output))
+    def packed_bytes(self) -> int:
+        """What copies of the weights take; those for many tokens are made when they are first needed."""
+        matrices = (self.qkv, self.out, self.gate_up, self.down, self.output)
+        again = sum(map(reordered_bytes, matrices)) if "products" in self.__dict__ else 0
+        return sum(m.n_bytes for m in matrices) + again
 
     def refresh(self) -> bool:
         """Packs the weights again, in place, where they have changed."""
@@ -92,6 +111,7 @@ class FastRunner(Runner):
 
     @torch.no_grad()
     def _pack(self) -> None:
+        begin = time.perf_counter()
         for number, module in enumerate(self.model.layers):
             assert isinstance(module, Layer)
             layer, attention, ffn = module, module.attention, module.ffn
@@ -113,9 +133,10 @@ class FastRunner(Runner):
         self.last_norm.copy_(norm_weight(self.model.norm))
         pack(self.model.head_weight, self.output)
         self.__dict__.pop("products", None)
+        self.packing_seconds = time.perf_counter() - begin
 
     def _of(self, matrix: Matrix, number: int) -> Matrix:
-        return Matrix(matrix.data[number], matrix.factors[number])
+        return Matrix(matrix.data[number], matrix.factors[number], matrix.paired)
 
     @cached_property
     def products(self) -> "list[list[Tensor]]":
@@ -136,16 +157,16 @@ class FastRunner(Runner):
         step = Step(self.cache, pieces, self.exact)
         ids = torch.tensor([token for piece in pieces for token in piece.tokens])
         x = self.model.embedding(ids).float() * self.model.config.embedding_scale
-        few = self.exact or len(ids) <= FEW
+        few = self.exact or len(ids) <= self.few
         x = self._few(x, step) if few else self._many(x, step)
         return x if len(wanted) == len(x) else x[torch.tensor(wanted, dtype=torch.long)]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        if not self.exact and len(hidden) > FEW:
+        if not self.exact and len(hidden) > (FEW_IN_PAIRS if self.output.paired else FEW):
             dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
             return multiply(hidden.to(dtype), self.products[-1][0]).float()
         found = np.empty((len(hidden), self.model.config.vocab_size), np.float32)
-        kernels.product(*self.output.arrays, hidden.numpy(), found, get_num_threads() * 4)
+        product(*self.output.arrays, hidden.numpy(), found, get_num_threads() * 4)
         return torch.from_numpy(found)
 
     def _rotations(self, step: Step) -> tuple[np.ndarray, np.ndarray]:

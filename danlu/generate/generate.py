@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import danlu
-from danlu.core.device import choose_dtype
+from danlu.core.device import choose_device, choose_dtype
 from danlu.core.files import read_text
 from danlu.generate.beam import BeamParams, beam_search
 from danlu.generate.config import GenerateConfig, SamplingConfig
@@ -29,17 +29,20 @@ def _schema(given: str) -> str:
     return given if given.lstrip().startswith("{") else read_text(Path(given))
 
 
-def make_engine(ref: str, dtype: str = "auto", deterministic: bool = False) -> Engine:
-    """An engine for the model that is named, computing on the processor."""
-    model, tokenizer = danlu.load(ref, dtype=torch.float32)
+def make_engine(ref: str, dtype: str = "auto", deterministic: bool = False, device: str = "auto") -> Engine:
+    """An engine for the model that is named. `deterministic` counts on a processor only."""
+    where = choose_device(device)
     if dtype == "auto":
-        dtype = "bf16" if choose_dtype("auto", torch.device("cpu")) == torch.bfloat16 else "float32"
+        dtype = "bf16" if choose_dtype("auto", where) == torch.bfloat16 else "float32"
+    live = torch.float32 if dtype == "float32" or where.type == "cpu" else torch.bfloat16
+    model, tokenizer = danlu.load(ref, dtype=live, device=where)
+    deterministic = deterministic and where.type == "cpu"
     return Engine(model, tokenizer, dtype=cast(Kind, dtype), deterministic=deterministic)
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
     """`n` answers, seeded seed, seed + 1 …, in one batch; or the best ones that a search with beams finds."""
-    engine = make_engine(config.model, config.dtype, config.deterministic)
+    engine = make_engine(config.model, config.dtype, config.deterministic, config.device)
     prompt: Any = [{"role": "user", "content": config.prompt}] if config.chat else config.prompt
     if config.beams > 1:
         answers = beams(engine, prompt, config)

@@ -1,8 +1,6 @@
 """The loops of decoding on a processor, compiled by numba when they are first called, without a compiler.
 
-Few tokens are bound by memory: each weight is read once, multiplied with all of them, in bfloat16, 8 or 4
-bits as it is stored, and summed in float32. All sums have one order, whatever else is computed in the same
-call: that is the deterministic mode.
+All sums have one order, whatever else is computed in the same call: that is the deterministic mode.
 
 Shapes: N tokens, D width, H query heads, G key-value heads, E width of a head, P positions in a block (16).
 The cache is keys (blocks, G, E, P) and values (blocks, G, P, E), so that no product needs a sum across a
@@ -10,74 +8,31 @@ vector's lanes.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import config, njit, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload, register_jitable
+from numba import njit, prange
+from numba.extending import register_jitable
 
-from danlu.generate.vectors import LANES, add_rows1, add_rows2, add_rows3, add_rows4, dots1, dots2, dots4
-
-# `decode` needs each part on a thread of its own. TBB may give one thread two, which would wait for ever.
-config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]  # type: ignore[attr-defined]
+from danlu.generate.numbers import float_of_bits, narrow, wide
+from danlu.generate.products import put, room, rows_of, share, times
+from danlu.generate.threads import wait_for_all
+from danlu.generate.vectors import (
+    LANES,
+    add_rows1,
+    add_rows2,
+    add_rows3,
+    add_rows4,
+    prefetch,
+)
 
 POSITIONS = LANES
 """In a block of the cache: a vector of them."""
+AHEAD = 2
+"""Blocks between the one that attention reads and the one that it fetches."""
 
 # Sums may be taken in the order of a vector's lanes; NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
-
-
-def _bitcast(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    kind = ir.FloatType() if signature.return_type == types.float32 else ir.IntType(32)
-    return builder.bitcast(arguments[0], kind)
-
-
-def _to_float(_: Any, bits: Any) -> Any:
-    return types.float32(types.uint32), _bitcast
-
-
-def _to_bits(_: Any, value: Any) -> Any:
-    return types.uint32(types.float32), _bitcast
-
-
-_float_of_bits: Any = intrinsic(_to_float)
-_bits_of_float: Any = intrinsic(_to_bits)
-
-
-def wide(value: Any) -> Any:
-    """float32 of a stored number; uint16 holds bfloat16."""
-    return np.float32(value)
-
-
-@overload(wide, strict=False)
-def _wide(value: Any) -> Callable[..., Any]:
-    if value == types.uint16:
-        return lambda value: _float_of_bits(np.uint32(value) << np.uint32(16))
-    return lambda value: np.float32(value)
-
-
-def narrow(value: Any, like: Any) -> Any:
-    """A float32 as it is stored in `like`: rounded to the nearest bfloat16 (ties to even), or as it is."""
-    return like.dtype.type(value)
-
-
-@overload(narrow, strict=False)
-def _narrow(value: Any, like: Any) -> Callable[..., Any]:
-    if like.dtype == types.uint16:
-
-        def rounded(value: Any, like: Any) -> Any:
-            bits = _bits_of_float(np.float32(value))
-            if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):  # NaN stays NaN
-                return np.uint16(0x7FC0)
-            odd = (bits >> np.uint32(16)) & np.uint32(1)
-            return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-
-        return rounded
-    return lambda value, like: np.float32(value)
 
 
 @register_jitable(fastmath=FAST)
@@ -93,7 +48,7 @@ def exp(x: Any) -> Any:
     y = y * r + np.float32(1.6666665459e-1)
     y = y * r + np.float32(0.5)
     y = y * r * r + r + np.float32(1.0)
-    return y * _float_of_bits(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+    return y * float_of_bits(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 
 
 @register_jitable(fastmath=FAST)
@@ -101,45 +56,6 @@ def silu(x: Any) -> Any:
     """x / (1 + e^-x)."""
     e = exp(-abs(x))
     return x / (np.float32(1.0) + e) if x >= 0 else x * e / (np.float32(1.0) + e)
-
-
-# Products
-
-
-ROWS = 8
-"""Of a matrix, that stay in the nearest cache while all tokens are multiplied with them."""
-
-
-@register_jitable
-def times_rows(w: Any, factors: Any, begin: int, end: int, x: Any, y: Any) -> None:
-    """y (N, rows)[:, begin:end] = x (N, D) times these rows; a number's bits are the same for every N."""
-    n, width = x.shape
-    rest = width & (LANES - 1)  # numbers that fill no vector; of 4 bits there are none
-    for low in range(begin, end, ROWS):
-        high = min(low + ROWS, end)
-        for t in range(0, n - 3, 4):
-            for row in range(low, high):
-                dots4(w, factors, row, x, t, y)
-        if n & 2:
-            for row in range(low, high):
-                dots2(w, factors, row, x, n & ~3, y)
-        if n & 1:
-            for row in range(low, high):
-                dots1(w, factors, row, x, n - 1, y)
-        if rest:
-            for row in range(low, high):
-                factor = factors[row, 0] if factors.shape[0] > 1 else np.float32(1)
-                for t in range(n):
-                    for i in range(width - rest, width):
-                        y[t, row] += wide(w[row, i]) * factor * x[t, i]
-
-
-@njit(cache=True, parallel=True)
-def product(w: Any, factors: Any, x: Any, y: Any, parts: int) -> None:
-    """y (N, rows) = x (N, D) Wᵀ, in `parts` parallel parts."""
-    n_rows = len(w)
-    for part in prange(parts):
-        times_rows(w, factors, part * n_rows // parts, (part + 1) * n_rows // parts, x, y)
 
 
 # Attention
@@ -195,6 +111,12 @@ def attend_one(
         for j in range(n):
             scores[h, j] = 0
     for b in range(begin, end):
+        # Blocks lie anywhere in memory: those that come next are fetched while this one is read.
+        ahead = b + AHEAD
+        if ahead < end:
+            prefetch(keys[table[ahead], group])
+        elif ahead - end + begin < end:
+            prefetch(values[table[ahead - end + begin], group])
         add_rows(q, 0, keys[table[b], group], e, scores, (b - begin) * POSITIONS)
     for h in range(heads):
         line = scores[h]
@@ -226,6 +148,8 @@ def attend_one(
         at = (b - begin) * POSITIONS
         count = min(POSITIONS, seen - at)
         v = values[table[b], group]
+        if b + AHEAD < end:
+            prefetch(values[table[b + AHEAD], group])
         add_rows(scores, at, v, count, out, 0)
         for i in range(whole, e):  # numbers that fill no vector
             for h in range(heads):
@@ -317,52 +241,6 @@ def activate(kind: int, x: Any) -> None:
 # A whole pass of a model of LLaMA's kind, for few tokens
 
 
-def _counter_address(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    array = context.make_array(signature.args[0])(context, builder, arguments[0])
-    return array.data
-
-
-def _add_one(_: Any, counter: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _counter_address(context, builder, signature, arguments)
-        return builder.atomic_rmw("add", address, ir.Constant(ir.IntType(64), 1), "seq_cst")
-
-    return types.int64(counter), build
-
-
-def _read(_: Any, counter: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _counter_address(context, builder, signature, arguments)
-        return builder.load_atomic(address, "seq_cst", 8, typ=ir.IntType(64))
-
-    return types.int64(counter), build
-
-
-def _give_way(_: Any) -> Any:
-    def build(__: Any, builder: Any, ___: Any, ____: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        function = cgutils.get_or_insert_function(builder.module, kind, "sched_yield")
-        return builder.call(function, [])
-
-    return types.int32(), build
-
-
-_atomic_add_one: Any = intrinsic(_add_one)
-_atomic_read: Any = intrinsic(_read)
-_sched_yield: Any = intrinsic(_give_way)
-
-
-@register_jitable
-def wait_for_all(counter: Any, target: int) -> None:
-    """A barrier: goes on once `target` threads, over all barriers so far, have come here."""
-    _atomic_add_one(counter)
-    spins = 0
-    while _atomic_read(counter) < target:
-        spins += 1
-        if spins > 20000:  # somebody else has our cores
-            _sched_yield()
-
-
 @register_jitable(fastmath=FAST)
 def rms_norm(x: Any, w: Any, eps: Any, y: Any) -> None:
     """y = x / √(mean(x²) + ε) · w."""
@@ -452,23 +330,23 @@ def decode(
 ) -> None:
     """x (N, D) float32, embedded tokens, becomes what the output matrix takes; keys and values are written.
 
-    norms (L, 2, D), last_norm (D,); qkv (L, (H + 2 G) E, D); out (L, D, H E); gate_up (L, 2 F, D);
-    down (L, D, F), with their scales; qkv_bias (L, rows) or (L, 0); head_norms (L, 2, E) or (L, 0, 0): of
-    queries and keys; cos, sin (kinds, N, rotated / 2), angles (L,): the kind of each layer, -1 = none;
-    windows (L,); counter (1,) int64, zero; n_threads: all of numba's, since they wait for one another.
+    norms (L, 2, D), last_norm (D,); matrices, all as they are or all in pairs: qkv (L, (H + 2 G) E, D),
+    out (L, D, H E), gate_up (L, 2 F, D), down (L, D, F), with their scales; qkv_bias (L, rows) or (L, 0);
+    head_norms (L, 2, E) or (L, 0, 0): of queries and keys; cos, sin (kinds, N, rotated / 2), angles (L,): the
+    kind of each layer, -1 = none; windows (L,); counter (1,) int64, zero; n_threads: all of numba's, since
+    they wait for one another.
     """
     n_tokens, width = x.shape
     n_layers, n_groups, e = len(qkv), keys.shape[2], keys.shape[3]
-    ffn = gate_up.shape[1] // 2
-    q_width = qkv.shape[1] - 2 * n_groups * e
+    n_rows, ffn = rows_of(qkv[0]), rows_of(gate_up[0]) // 2
+    q_width = n_rows - 2 * n_groups * e
     heads = q_width // e // n_groups
-    h = np.empty((n_tokens, width), np.float32)
-    mixed = np.empty((n_tokens, qkv.shape[1]), np.float32)
-    read = np.empty((n_tokens, q_width), np.float32)
+    h = room(qkv[0], n_tokens, width)
+    mixed = np.empty((n_tokens, n_rows), np.float32)
+    read = room(qkv[0], n_tokens, q_width)
     both = np.empty((n_tokens, 2 * ffn), np.float32)
-    inner = np.empty((n_tokens, ffn), np.float32)
+    inner = room(qkv[0], n_tokens, ffn)
     added = np.zeros((n_tokens, width), np.float32)
-    n_rows = qkv.shape[1]
     zero, none = np.float32(0), np.empty(0, np.float32)
     for part in prange(n_threads):
         target = 0
@@ -476,16 +354,16 @@ def decode(
         for t in range(n_tokens):
             longest = max(longest, positions[t])
         scores = np.empty((heads, longest + 2 * POSITIONS), np.float32)
+        mix = np.empty((heads, e), np.float32)
+        line = np.empty(max(width, ffn), np.float32)
         for layer in range(n_layers):
             for t in range(part, n_tokens, n_threads):
-                for i in range(width):
-                    x[t, i] += added[t, i]
-                rms_norm(x[t], norms[layer, 0], eps, h[t])
+                add_and_put(x[t], added[t], norms[layer, 0], eps, h, t, line[:width])
             target += n_threads
             wait_for_all(counter, target)
 
-            begin, end = part * n_rows // n_threads, (part + 1) * n_rows // n_threads
-            times_rows(qkv[layer], qkv_scale[layer], begin, end, h, mixed)
+            begin, end = share(qkv[layer], n_rows, part, n_threads)
+            times(qkv[layer], qkv_scale[layer], begin, end, h, mixed)
             if qkv_bias.shape[1]:
                 for t in range(n_tokens):
                     for row in range(begin, end):
@@ -532,34 +410,34 @@ def decode(
                     none,
                     head // heads,
                     scores[:together],
-                    read[t, head * e : (head + together) * e].reshape(together, e),
+                    mix[:together],
                 )
+                put(read, t, head * e, mix[:together].reshape(-1))
             target += n_threads
             wait_for_all(counter, target)
 
-            begin, end = part * width // n_threads, (part + 1) * width // n_threads
-            times_rows(out[layer], out_scale[layer], begin, end, read, added)
+            begin, end = share(out[layer], width, part, n_threads)
+            times(out[layer], out_scale[layer], begin, end, read, added)
             target += n_threads
             wait_for_all(counter, target)
 
             for t in range(part, n_tokens, n_threads):
-                for i in range(width):
-                    x[t, i] += added[t, i]
-                rms_norm(x[t], norms[layer, 1], eps, h[t])
+                add_and_put(x[t], added[t], norms[layer, 1], eps, h, t, line[:width])
             target += n_threads
             wait_for_all(counter, target)
 
-            begin, end = part * ffn // n_threads, (part + 1) * ffn // n_threads
-            times_rows(gate_up[layer], gate_up_scale[layer], begin, end, h, both)
-            times_rows(gate_up[layer], gate_up_scale[layer], ffn + begin, ffn + end, h, both)
+            begin, end = share(gate_up[layer], ffn, part, n_threads)
+            times(gate_up[layer], gate_up_scale[layer], begin, end, h, both)
+            times(gate_up[layer], gate_up_scale[layer], ffn + begin, ffn + end, h, both)
             for t in range(n_tokens):
                 for i in range(begin, end):
-                    inner[t, i] = silu(both[t, i]) * both[t, ffn + i]
+                    line[i - begin] = silu(both[t, i]) * both[t, ffn + i]
+                put(inner, t, begin, line[: end - begin])
             target += n_threads
             wait_for_all(counter, target)
 
-            begin, end = part * width // n_threads, (part + 1) * width // n_threads
-            times_rows(down[layer], down_scale[layer], begin, end, inner, added)
+            begin, end = share(down[layer], width, part, n_threads)
+            times(down[layer], down_scale[layer], begin, end, inner, added)
             target += n_threads
             wait_for_all(counter, target)
 
@@ -567,6 +445,15 @@ def decode(
             for i in range(width):
                 x[t, i] += added[t, i]
             rms_norm(x[t], last_norm, eps, x[t])
+
+
+@register_jitable(fastmath=FAST)
+def add_and_put(x: Any, added: Any, w: Any, eps: Any, h: Any, t: int, line: Any) -> None:
+    """x += added (D,); h[t] = the norm of x, by way of `line` (D,)."""
+    for i in range(len(x)):
+        x[i] += added[i]
+    rms_norm(x, w, eps, line)
+    put(h, t, 0, line)
 
 
 # Between the products of a pass over many tokens

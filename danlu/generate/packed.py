@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 from danlu.core.errors import UserError
 from danlu.generate import kernels
+from danlu.generate.memory import room
 from danlu.generate.paged import as_array
+from danlu.generate.pairs import AVAILABLE
+from danlu.generate.products import product
+from danlu.generate.vectors import LANES
 from danlu.model.layers import FeedForward, Linear
 from danlu.model.lora import LoraLinear
 from danlu.model.quantised import QuantisedLinear
@@ -34,6 +38,8 @@ class Matrix:
 
     data: Tensor
     factors: Tensor
+    paired: bool = False
+    """Whether the rows lie as `pairs` says: (…, rows / 16, D / 2, 32)."""
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -44,17 +50,26 @@ class Matrix:
         return self.data.nbytes + self.factors.nbytes
 
 
-def empty(shape: tuple[int, ...], kind: Kind) -> Matrix:
+def pairs(shape: tuple[int, ...], kind: Kind) -> bool:
+    """Whether matrices (…, rows, D) can lie in pairs, on this processor."""
+    return AVAILABLE and kind in ("bf16", "int8") and shape[-2] % LANES == 0 and shape[-1] % 2 == 0
+
+
+def empty(shape: tuple[int, ...], kind: Kind, paired: bool = False) -> Matrix:
     """Room for matrices (…, rows, D). Raises UserError for 4 bits where D doesn't divide into groups."""
     *rows, n = shape
+    if paired:
+        plain = empty(shape, kind)
+        lying = (*rows[:-1], rows[-1] // LANES, n // 2, 2 * LANES)
+        return Matrix(plain.data.view(lying), plain.factors, paired)
     if kind == "int4" and n % GROUP:
         raise UserError(f"a matrix has {n} columns, no multiple of {GROUP}, as int4 needs", "use int8")
     if kind == "int4":
-        return Matrix(torch.empty(*rows, n // 2, dtype=torch.uint8), torch.empty(*rows, n // GROUP))
+        return Matrix(room((*rows, n // 2), torch.uint8), torch.empty(*rows, n // GROUP))
     if kind == "int8":
-        return Matrix(torch.empty(shape, dtype=torch.int8), torch.empty(*rows, 1))
+        return Matrix(room(shape, torch.int8), torch.empty(*rows, 1))
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    return Matrix(torch.empty(shape, dtype=dtype), torch.zeros(*rows[:-1], 1, 1))
+    return Matrix(room(shape, dtype), torch.zeros(*rows[:-1], 1, 1))
 
 
 def pack(weight: Tensor, into: Matrix) -> None:
@@ -62,7 +77,7 @@ def pack(weight: Tensor, into: Matrix) -> None:
     if into.data.dtype == torch.int8:
         factors = (weight.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
         into.factors.copy_(factors)
-        into.data.copy_((weight.float() / factors).round())
+        _lay(into, (weight.float() / factors).round())
     elif into.data.dtype == torch.uint8:
         groups = weight.float().unflatten(1, (-1, GROUP))
         # The largest number of a group becomes -8, so that all sixteen values are used (as in GGUF's Q4_0).
@@ -72,11 +87,20 @@ def pack(weight: Tensor, into: Matrix) -> None:
         into.factors.copy_(factors[..., 0])
         into.data.copy_((codes[..., :16] | codes[..., 16:] << 4).flatten(1))
     else:
-        into.data.copy_(weight)
+        _lay(into, weight)
+
+
+def _lay(into: Matrix, numbers: Tensor) -> None:
+    if into.paired:
+        numbers = numbers.unflatten(0, (-1, LANES)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
+    into.data.copy_(numbers)
 
 
 def unpack(matrix: Matrix) -> Tensor:
     """(…, rows, D) float32."""
+    if matrix.paired:
+        rows = matrix.data.unflatten(-1, (LANES, 2)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+        matrix = Matrix(rows, matrix.factors)
     if matrix.data.dtype == torch.int8:
         return matrix.data.float() * matrix.factors
     if matrix.data.dtype == torch.uint8:
@@ -102,8 +126,15 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 def reordered(matrix: Matrix) -> Tensor:
     """A matrix (rows, D) as oneDNN likes it for products with few rows; 8 and 4 bits as bfloat16."""
-    data = matrix.data if matrix.data.is_floating_point() else unpack(matrix).bfloat16()
+    as_it_is = matrix.data.is_floating_point() and not matrix.paired
+    data = matrix.data if as_it_is else unpack(matrix).bfloat16()
     return torch.ops.mkldnn._reorder_linear_weight(data, 16)
+
+
+def reordered_bytes(matrix: Matrix) -> int:
+    """What `reordered` takes: a number of bfloat16 or float32 for each."""
+    numbers = matrix.data.numel() * (2 if matrix.data.dtype == torch.uint8 else 1)
+    return numbers * (4 if matrix.data.dtype == torch.float32 else 2)
 
 
 def multiply(x: Tensor, matrix: Tensor) -> Tensor:
@@ -130,6 +161,10 @@ class PackedLinear(nn.Module):
         """(rows, D) float32, as it is packed."""
         return unpack(self.matrix)
 
+    @property
+    def n_bytes(self) -> int:
+        return self.matrix.n_bytes + (0 if self.reordered is None else reordered_bytes(self.matrix))
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Packs the live weights again."""
@@ -141,7 +176,7 @@ class PackedLinear(nn.Module):
         rows = x.flatten(0, -2)
         if self.exact:
             found = np.empty((len(rows), len(self.matrix.data)), np.float32)
-            kernels.product(*self.matrix.arrays, rows.float().numpy(), found, get_num_threads() * 4)
+            product(*self.matrix.arrays, rows.float().numpy(), found, get_num_threads() * 4)
             y = torch.from_numpy(found)
         elif self.reordered is not None:
             y = multiply(rows.to(self.reordered.dtype), self.reordered)

@@ -1,7 +1,6 @@
 """The key-value cache in blocks, and attention over it for a row of tokens of many sequences."""
 
 import math
-import mmap
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from danlu.generate import kernels
 from danlu.generate.blocks import Piece
 from danlu.generate.kernels import POSITIONS
+from danlu.generate.memory import room
 from danlu.model.attention import BLOCK, Block, Scores, alibi, block_probabilities, fused_attention
 from danlu.model.config import ModelConfig
 from danlu.model.positions import alibi_slopes
@@ -33,8 +33,8 @@ class PagedCache:
         self, config: ModelConfig, n_blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         shape = (config.n_layers, n_blocks, config.n_kv_heads)
-        self.keys = _room((*shape, config.head_width, POSITIONS), dtype, device)
-        self.values = _room((*shape, POSITIONS, config.head_width), dtype, device)
+        self.keys = room((*shape, config.head_width, POSITIONS), dtype, device)
+        self.values = room((*shape, POSITIONS, config.head_width), dtype, device)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks, in order: from, to."""
@@ -46,17 +46,6 @@ class PagedCache:
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Both as numpy arrays; bfloat16 as uint16."""
         return as_array(self.keys), as_array(self.values)
-
-
-def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros; on a processor straight from the system, which gives memory where it is written to.
-
-    (PyTorch writes to all of it, and so does malloc where it has been told to keep what was freed.)
-    """
-    if torch.device(device).type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

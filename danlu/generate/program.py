@@ -71,6 +71,13 @@ class Output:
     greedy: Tensor = NONE
     """(rows,) whether each target is the most probable token."""
 
+    @property
+    def is_nan(self) -> bool:
+        """Whether what the model says is no number; a draw is looked at by whoever asked for it."""
+        if self.draw is not None:
+            return False
+        return bool(self.logits.sum(-1).isnan().any() or self.logprobs.isnan().any())
+
     @classmethod
     def join(cls, parts: "list[Output]") -> "Output":
         """The rows of all parts, one after the other."""

@@ -1,5 +1,6 @@
 """The model as the engine sees it: pieces of sequences in, the vectors of the tokens asked about out."""
 
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import zip_longest
@@ -62,10 +63,23 @@ class Runner:
         self.state: Any = self._state()
         self.twin = model
         self.head: PackedLinear | None = None
+        self.packing_seconds = 0.0
+        """What the last packing took."""
         if kind is not None:
+            begin = time.perf_counter()
             self.twin = substitute(model, kind, exact, len(adapters) > 0)
             self.twin.compute_dtype = torch.float32 if kind == "float32" else torch.bfloat16
             self.head = PackedLinear(lambda: model.head_weight, model.head_bias, kind, exact)
+            self.packing_seconds = time.perf_counter() - begin
+
+    @property
+    def packed_bytes(self) -> int:
+        """What copies of the weights take."""
+        return sum(part.n_bytes for part in self._packed)
+
+    @property
+    def _packed(self) -> list[PackedLinear]:
+        return [part for part in (*self.twin.modules(), self.head) if isinstance(part, PackedLinear)]
 
     def refresh(self) -> bool:
         """Whether the weights have changed since the last call; packs them again, in place."""
@@ -73,9 +87,10 @@ class Runner:
         if state == self.state:
             return False
         self.state = state
-        for module in (*self.twin.modules(), self.head):
-            if isinstance(module, PackedLinear):
-                module.refresh()
+        begin = time.perf_counter()
+        for part in self._packed:
+            part.refresh()
+        self.packing_seconds = time.perf_counter() - begin
         return True
 
     def _state(self) -> tuple[int, list[int], list[str | None]]:

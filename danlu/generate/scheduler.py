@@ -20,6 +20,8 @@ from danlu.generate.draw import draw
 from danlu.generate.program import Feed, Output
 from danlu.generate.runner import Runner
 
+NOT_NUMBERS = "the model's logits are not numbers"
+
 
 @dataclass(eq=False)
 class Job:
@@ -263,6 +265,11 @@ class Scheduler:
             asking, self._outputs(lane.runner, asking, hidden.split(sizes)), strict=True
         ):
             choice.job.found.setdefault(choice.number, []).append(output)
+            if output.is_nan and not choice.job.done:
+                choice.job.error = UserError(
+                    "the model's logits are not numbers", "take an earlier checkpoint"
+                )
+                self.cancel(choice.job)
 
     def _outputs(self, runner: Runner, asking: list[_Chosen], hidden: Sequence[Tensor]) -> list[Output]:
         """Logits, a sampled token, or log-probabilities of targets: as each feed says."""

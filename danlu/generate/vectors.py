@@ -228,6 +228,31 @@ def _product_of_rows(n_lines: int) -> Callable[..., Any]:
     return typing
 
 
+def fetch(builder: ir.IRBuilder, address: Any) -> None:
+    """Has a cache line brought from memory, and doesn't wait for it."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, INT, INT, INT])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    to_read, all_caches, data = (ir.Constant(INT, flag) for flag in (0, 3, 1))
+    builder.call(function, [builder.bitcast(address, byte), to_read, all_caches, data])
+
+
+def _fetch(_: Any, array: Any) -> Any:
+    """prefetch(array): its cache lines are on their way while something else is computed."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (array_,) = _arrays(context, builder, signature, arguments)
+        size = builder.mul(array_.nitems, array_.itemsize)
+        begin = builder.bitcast(array_.data, ir.IntType(8).as_pointer())
+        with cgutils.for_range(builder, builder.sdiv(builder.add(size, _word(63)), _word(64))) as loop:
+            offset = builder.mul(loop.index, _word(64))
+            fetch(builder, builder.gep(begin, [offset], source_etype=ir.IntType(8)))
+        return context.get_dummy_value()
+
+    return types.void(array), build
+
+
+prefetch: Any = intrinsic(_fetch)
 dots1: Any = intrinsic(_dots(1))
 dots2: Any = intrinsic(_dots(2))
 dots4: Any = intrinsic(_dots(4))

@@ -17,6 +17,8 @@ measures 30 to 50 % from 10 to 50 million parameters; smaller models reach less.
 
 LOADED_BYTES = 150_000_000
 """What a first step, torch's distributed checkpoints and the tokenizer keep resident besides."""
+PACKED_A_SECOND = 1e9
+"""Bytes of weights that are packed for sampling: `smollm2` takes half a second on two cores."""
 START_SECONDS, COMPILE_SECONDS = 2, 5
 """Until the first step; the compiler takes twice that the first time, and less from its cache."""
 
@@ -42,15 +44,17 @@ def estimate_training(config: TrainConfig, upstream: Mapping[str, Estimate]) -> 
     except UserError as error:
         compiled = False
         problems.append(f"{error.message}: {error.remedy}")
-    memory = LOADED_BYTES + count.training_memory(
-        sizes,
-        micro_batch,
-        2 if low else 4,
-        config.checkpoint_activations,
-        config.optim.name,
-        compiled,
-        config.lora,
-    )
+    size = 2 if low else 4
+
+    def memory_of(tokens: int) -> int:
+        activations = config.checkpoint_activations
+        return LOADED_BYTES + count.training_memory(
+            sizes, tokens, size, activations, config.optim.name, compiled, config.lora
+        )
+
+    # Samples come from copies of the weights, in two orders, when no activations are kept.
+    packed = 2 * size * count.parameters(sizes) if config.sample_prompts else 0
+    memory = max(memory_of(micro_batch), memory_of(0) + packed)
     if memory > here.memory_bytes:
         problems.append(
             f"needs about {memory / 1e9:.1f} GB of memory, this machine has {here.memory_bytes / 1e9:.1f}"
@@ -58,8 +62,15 @@ def estimate_training(config: TrainConfig, upstream: Mapping[str, Estimate]) -> 
     rate = 1e9 * (here.bf16_gflops if low else here.f32_gflops) * UTILISATION
     whole = count.parameters(sizes)
     trained = whole if config.lora is None else count.adapter_parameters(sizes, config.lora)
-    outputs = {"parameters": whole, "trained_parameters": trained, "model": sizes.model_dump()}
-    seconds = START_SECONDS + (COMPILE_SECONDS if compiled else 0) + flops / rate
+    outputs = {
+        "parameters": whole,
+        "trained_parameters": trained,
+        "model": sizes.model_dump(),
+        "packed_bytes": packed,
+    }
+    samples = config.steps // config.sample_every if config.sample_every else 1
+    packing = samples * packed / PACKED_A_SECOND
+    seconds = START_SECONDS + (COMPILE_SECONDS if compiled else 0) + flops / rate + packing
     return Estimate(tokens, flops, memory, seconds, outputs, problems)
 
 

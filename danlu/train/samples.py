@@ -2,7 +2,7 @@
 
 import torch
 
-from danlu.generate.engine import Engine
+from danlu.generate.engine import Engine, Packing
 from danlu.generate.sampling import SamplingParams
 from danlu.model import parallel
 from danlu.model.transformer import Transformer
@@ -10,8 +10,13 @@ from danlu.tokens.tokenizer import Tokenizer
 from danlu.train.config import TrainConfig
 
 
-def sample(model: Transformer, tokenizer: Tokenizer, config: TrainConfig, kind: str) -> list[str]:
+def sample(
+    model: Transformer, tokenizer: Tokenizer, config: TrainConfig, kind: str
+) -> tuple[list[str], Packing | None]:
     """One continuation (of text) or reply (in chat) for each of `sample_prompts`, by the main process.
+
+    And what it took to pack the weights for it. The engine lives no longer than that: its copies would take
+    memory from training.
 
     Leaves torch's random generator as it was. A sharded model is gathered on the main process's CPU.
     """
@@ -21,11 +26,12 @@ def sample(model: Transformer, tokenizer: Tokenizer, config: TrainConfig, kind: 
         if parallel.is_main():
             model.load_state_dict(weights)
     if not parallel.is_main():
-        return []
+        return [], None
     prompts = [
         [{"role": "user", "content": prompt}] if kind == "chat" else prompt
         for prompt in config.sample_prompts
     ]
     params = SamplingParams(max_tokens=config.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)
     with torch.random.fork_rng():
-        return [completion.text for completion in Engine(model, tokenizer).generate(prompts, params)]
+        engine = Engine(model, tokenizer)
+        return [completion.text for completion in engine.generate(prompts, params)], engine.packing

@@ -211,8 +211,11 @@ class Training:
         prompts = self.config.sample_prompts
         if not prompts or parallel.agree(self.journal.has_samples(self.step)):
             return
-        texts = sample(self.model, self.data.tokenizer, self.config, self.kind)
+        texts, packing = sample(self.model, self.data.tokenizer, self.config, self.kind)
         self.journal.samples(self.step, prompts, texts)
+        if packing is not None:
+            figures = {"packed_bytes": packing.n_bytes, "packing_seconds": packing.seconds}
+            self.journal.row(self.step, **figures)
 
     def interrupted(self) -> None:
         """Leaves a checkpoint and ends the run; the same command resumes it."""

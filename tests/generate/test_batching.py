@@ -8,6 +8,7 @@ import torch
 
 from danlu.core.errors import UserError
 from danlu.generate.engine import Completion, Engine, Request
+from danlu.generate.kernels import POSITIONS
 from danlu.generate.paged import Step
 from danlu.generate.sampling import SamplingParams
 from danlu.model.config import LoraConfig, ModelConfig
@@ -199,6 +200,32 @@ def test_changed_weights_are_used_at_once(tokenizer: Tokenizer) -> None:
         assert engine.generate([prompt], params) == fresh.generate([prompt], params)
         half = [*prompt, *request.completion.ids[:4]]
         assert rest == fresh.generate([half], SamplingParams(max_tokens=8, temperature=0, stop_ids=()))[0].ids
+
+
+def test_who_waits_holds_nothing(tokenizer: Tokenizer) -> None:
+    """Not even blocks that were computed with weights that have changed since, for a prompt seen before."""
+    model = make("llama")
+    engine = Engine(model, tokenizer, deterministic=True, cache_bytes=200_000)
+    params = SamplingParams(max_tokens=12, temperature=0, stop_ids=())
+    seen, other = list(range(100, 164)), list(range(200, 280))
+    engine.generate([seen], params)
+    room = engine.capacity - len(other) - 2 * POSITIONS
+    first = engine.submit(other, SamplingParams(max_tokens=room, temperature=0, stop_ids=()))
+    waits = engine.submit(seen, SamplingParams(max_tokens=100, temperature=0, stop_ids=()))
+    engine.step()
+    while waits.job in engine.scheduler.running:  # until it has given its place to the older one
+        engine.step()
+    assert waits.job in engine.scheduler.waiting
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    first.cancel()
+    begun = len(waits.completion.ids)
+    found = waits.wait().ids
+    fresh = Engine(model, tokenizer, deterministic=True)
+    rest = SamplingParams(max_tokens=100 - begun, temperature=0, stop_ids=())
+    assert found[begun:] == fresh.generate([[*seen, *found[:begun]]], rest)[0].ids
+    assert leaks(engine) == 0
 
 
 def test_what_can_not_fit_is_refused_with_the_numbers(tokenizer: Tokenizer) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from danlu.core.errors import UserError
+from danlu.generate.beam import BeamParams, beam_search
 from danlu.generate.engine import Engine, Request
 from danlu.generate.program import Feed
 from danlu.generate.sampling import SamplingParams
@@ -158,6 +159,12 @@ def test_a_broken_model_is_an_error(engine: Engine, tokenizer: Tokenizer) -> Non
     torch.nn.init.constant_(model.norm.weight, float("nan"))
     with pytest.raises(UserError, match="not numbers"):
         Engine(model, tokenizer).generate(["The"], SamplingParams())
+    searching = Engine(model, tokenizer)
+    with pytest.raises(UserError, match="not numbers"):
+        searching.run(lambda held: beam_search(held, [1, 2], BeamParams(beams=2, max_tokens=3)))
+    with pytest.raises(UserError, match="not numbers"):
+        searching.likelihood([1, 2], [[3]])
+    assert all(lane.tables.blocks.in_use == 0 for lane in searching.scheduler.lanes)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -8,9 +8,10 @@ import torch
 from numba import get_num_threads
 
 from danlu.core.errors import UserError
-from danlu.generate import kernels
+from danlu.generate import kernels, pairs
 from danlu.generate.packed import GROUP, empty, multiply, pack, reordered, steady, unpack
 from danlu.generate.paged import as_array
+from danlu.generate.products import product
 
 KINDS = ["float32", "bf16", "int8", "int4"]
 
@@ -27,13 +28,35 @@ def test_products_and_their_bits(kind: Any, width: int) -> None:
     w = matrix(37, width, kind)
     x = torch.randn(9, width)
     found = np.empty((9, 37), np.float32)
-    kernels.product(*w.arrays, x.numpy(), found, get_num_threads())
+    product(*w.arrays, x.numpy(), found, get_num_threads())
     expected = x.double() @ unpack(w).double().T
     torch.testing.assert_close(torch.from_numpy(found).double(), expected, atol=1e-4, rtol=1e-5)
     for n in (1, 2, 3, 6):
         part = np.empty((n, 37), np.float32)
-        kernels.product(*w.arrays, x[:n].numpy(), part, 5)
+        product(*w.arrays, x[:n].numpy(), part, 5)
         assert (part == found[:n]).all()
+
+
+@pytest.mark.skipif(not pairs.AVAILABLE, reason="the processor has no products of bfloat16")
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("width", [2, 30, 64, 576])
+def test_products_in_pairs_and_their_bits(kind: Any, width: int) -> None:
+    """Against the numbers as they are rounded; the same for every number of tokens, and for every part."""
+    w = empty((48, width), kind, paired=True)
+    weight = torch.randn(48, width)
+    pack(weight, w)
+    plain = empty((48, width), kind)
+    pack(weight, plain)
+    assert torch.equal(unpack(w), unpack(plain))
+    x = torch.randn(23, width)
+    expected = x.bfloat16().double() @ unpack(w).double().T
+    found = np.empty((23, 48), np.float32)
+    product(*w.arrays, x.numpy(), found, 3)
+    torch.testing.assert_close(torch.from_numpy(found).double(), expected, atol=1e-4, rtol=1e-5)
+    for n in range(1, 23):
+        part = np.empty((n, 48), np.float32)
+        product(*w.arrays, x[-n:].numpy(), part, 1)
+        assert (part == found[-n:]).all()
 
 
 @pytest.mark.parametrize("kind", ["float32", "bf16", "int8"])
@@ -41,7 +64,7 @@ def test_widths_that_fill_no_vector(kind: Any) -> None:
     w = matrix(5, 77, kind)
     x = torch.randn(3, 77)
     found = np.empty((3, 5), np.float32)
-    kernels.product(*w.arrays, x.numpy(), found, 2)
+    product(*w.arrays, x.numpy(), found, 2)
     expected = x.double() @ unpack(w).double().T
     torch.testing.assert_close(torch.from_numpy(found).double(), expected, atol=1e-4, rtol=1e-5)
 
