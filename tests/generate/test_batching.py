@@ -213,9 +213,10 @@ def test_who_waits_holds_nothing(tokenizer: Tokenizer) -> None:
     first = engine.submit(other, SamplingParams(max_tokens=room, temperature=0, stop_ids=()))
     waits = engine.submit(seen, SamplingParams(max_tokens=100, temperature=0, stop_ids=()))
     engine.step()
-    while waits.job in engine.scheduler.running:  # until it has given its place to the older one
+    steps_waited = 0
+    while steps_waited < 2:  # it has given its place to the older one, and asked for it in vain
         engine.step()
-    assert waits.job in engine.scheduler.waiting
+        steps_waited = steps_waited + 1 if waits.job in engine.scheduler.waiting else 0
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
