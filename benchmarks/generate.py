@@ -72,7 +72,7 @@ CONTESTANTS = {
     "danlu float32": Format("danlu", "float32", 32, agrees=15),
     "danlu bf16": Format("danlu", "bf16", 16),
     "danlu int8": Format("danlu", "int8", 8),
-    "danlu int4": Format("danlu", "int4", 4),
+    "danlu int4": Format("danlu", "int4", 6),
     "danlu bf16, deterministic": Format("danlu", "bf16 deterministic", 16),
     "danlu bf16, look-up": Format("danlu", "bf16 look-up", 16),
     "transformers float32": Format("transformers", "float32", 32, agrees=15),

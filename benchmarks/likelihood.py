@@ -9,8 +9,8 @@ subjects, that one after the other scores while the others sleep; the ratio of t
 
 Compared are the log-likelihoods in float32; the decisions (the likeliest choice) in float32, where the best
 two choices are further apart than 2e-3; and how often each one's decision in bf16 is that in float32. The
-`hf` backend gets batches of --batch-size: one text at a time is what it does fastest on two cores (of 1, 8 and
-24). danlu is handed all requests of a turn.
+`hf` backend gets batches of --batch-size: one text at a time is what it does fastest on two cores (of 1, 8
+and 24). danlu is handed all requests of a turn.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """A model's matrices as the kernels read them: float32, bfloat16, 8 or 4 bits. A cache of the live weights.
 
-8 bits: a whole number and a factor for each row. 4 bits: -8 … 7 and a factor for each 32 numbers of a row;
-byte i of 16 holds number i in its low half and number i + 16 in its high half. Both round to the nearest.
+8 bits: a whole number and a factor for each row. 4 bits: 0 … 15, and for each 32 numbers of a row what a step
+is and what 0 stands for (as in GGUF's Q4_1, whose matrices stay as they are); byte i of 16 holds number i in
+its low half and number i + 16 in its high half. Both round to the nearest.
 """
 
 import copy
@@ -34,7 +35,7 @@ GROUP = 32
 
 @dataclass(frozen=True)
 class Matrix:
-    """(…, rows, D) as stored, and the factors (…, rows, 1 or D / 32), or (…, 1, 1) where there are none."""
+    """(…, rows, D) as stored, and the factors (…, rows, 1 or D / 16), or (…, 1, 1) where there are none."""
 
     data: Tensor
     factors: Tensor
@@ -65,7 +66,7 @@ def empty(shape: tuple[int, ...], kind: Kind, paired: bool = False) -> Matrix:
     if kind == "int4" and n % GROUP:
         raise UserError(f"a matrix has {n} columns, no multiple of {GROUP}, as int4 needs", "use int8")
     if kind == "int4":
-        return Matrix(room((*rows, n // 2), torch.uint8), torch.empty(*rows, n // GROUP))
+        return Matrix(room((*rows, n // 2), torch.uint8), torch.empty(*rows, 2 * n // GROUP))
     if kind == "int8":
         return Matrix(room(shape, torch.int8), torch.empty(*rows, 1))
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
@@ -80,11 +81,10 @@ def pack(weight: Tensor, into: Matrix) -> None:
         _lay(into, (weight.float() / factors).round())
     elif into.data.dtype == torch.uint8:
         groups = weight.float().unflatten(1, (-1, GROUP))
-        # The largest number of a group becomes -8, so that all sixteen values are used (as in GGUF's Q4_0).
-        largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-        factors = torch.where(largest == 0, 1.0, largest / -8)
-        codes = (groups / factors).round().clamp(-8, 7).add(8).to(torch.uint8)
-        into.factors.copy_(factors[..., 0])
+        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        steps = ((high - low) / 15).clamp(min=1e-30)
+        codes = ((groups - low) / steps).round().to(torch.uint8)
+        into.factors.copy_(torch.cat((steps, low), 2).flatten(1))
         into.data.copy_((codes[..., :16] | codes[..., 16:] << 4).flatten(1))
     else:
         _lay(into, weight)
@@ -105,8 +105,9 @@ def unpack(matrix: Matrix) -> Tensor:
         return matrix.data.float() * matrix.factors
     if matrix.data.dtype == torch.uint8:
         bytes_ = matrix.data.unflatten(-1, (-1, 16))
-        codes = torch.cat((bytes_ & 15, bytes_ >> 4), -1).float() - 8
-        return (codes * matrix.factors[..., None]).flatten(-2)
+        codes = torch.cat((bytes_ & 15, bytes_ >> 4), -1).float()
+        steps, low = matrix.factors.unflatten(-1, (-1, 2)).unbind(-1)
+        return (codes * steps[..., None] + low[..., None]).flatten(-2)
     return matrix.data.float()
 
 

@@ -55,13 +55,12 @@ def _wide(builder: ir.IRBuilder, array: Any, dtype: Any, index: Any) -> Any:
 
 
 def _halves(builder: ir.IRBuilder, array: Any, index: Any) -> tuple[Any, Any]:
-    """Sixteen bytes with two numbers of 4 bits each, less 8: the low halves and the high ones."""
+    """Sixteen bytes with two numbers of 4 bits each: the low halves and the high ones."""
     kind = ir.IntType(8)
     data = builder.zext(_load(builder, _at(builder, array, kind, index), kind, 1), INTS)
-    eight = ir.Constant(INTS, [8] * LANES)
     low = builder.and_(data, ir.Constant(INTS, [15] * LANES))
     high = builder.lshr(data, ir.Constant(INTS, [4] * LANES))
-    return tuple(builder.sitofp(builder.sub(half, eight), FLOATS) for half in (low, high))
+    return tuple(builder.sitofp(half, FLOATS) for half in (low, high))
 
 
 def _sum_of_lanes(builder: ir.IRBuilder, vector: Any) -> Any:
@@ -112,7 +111,7 @@ def _arrays(context: Any, builder: Any, signature: Any, arguments: Any) -> list[
 def _dots(n_tokens: int) -> Any:
     """dots(w, factors, row, x, t, y): y[t + i, row] = w[row] · x[t + i] for the next `n_tokens` rows i of x.
 
-    w (rows, D) of float32, bfloat16, int8 or, two in a byte, 4 bits; factors (rows, 1 or D / 32). Of plain
+    w (rows, D) of float32, bfloat16, int8 or, two in a byte, 4 bits; factors (rows, 1 or D / 16). Of plain
     numbers only the first multiple of 16 are summed.
     """
 
@@ -123,7 +122,7 @@ def _dots(n_tokens: int) -> Any:
             w_, factors_, row_, x_, t_, y_ = _arrays(context, builder, signature, arguments)
             width = cgutils.unpack_tuple(builder, x_.shape)[1]
             bytes_ = cgutils.unpack_tuple(builder, w_.shape)[1]
-            groups = cgutils.unpack_tuple(builder, factors_.shape)[1]
+            groups = builder.sdiv(width, _word(2 * LANES))
             n_rows = cgutils.unpack_tuple(builder, y_.shape)[1]
             line = builder.mul(row_, bytes_)
             sums = _Sums(builder, n_tokens * UNROLL)
@@ -142,11 +141,14 @@ def _dots(n_tokens: int) -> Any:
             def group(number: Any, unroll: int) -> None:
                 """The 32 numbers of a group of 4 bits."""
                 at = builder.add(line, builder.mul(number, _word(LANES)))
-                place = builder.add(builder.mul(row_, groups), number)
-                factor = _splat(builder, builder.load(_at(builder, factors_, FLOAT, place), typ=FLOAT))
+                place = builder.mul(builder.add(builder.mul(row_, groups), number), _word(2))
+                step, low = (
+                    _splat(builder, builder.load(_at(builder, factors_, FLOAT, at_), typ=FLOAT))
+                    for at_ in (place, builder.add(place, _word(1)))
+                )
                 for half, codes in enumerate(_halves(builder, w_, at)):
                     index = builder.mul(builder.add(builder.mul(number, _word(2)), _word(half)), _word(LANES))
-                    column(index, builder.fmul(codes, factor), unroll + half)
+                    column(index, _multiply_add(builder, codes, step, low), unroll + half)
 
             if packed:
                 with cgutils.for_range(builder, builder.sdiv(groups, _word(2))) as loop:
