@@ -102,6 +102,8 @@ def danlu_program(form: Format, folder: Path) -> Generate:
     import torch
 
     import danlu
+    from danlu.generate.kernels import POSITIONS
+    from danlu.generate.paged import bytes_per_block
     from danlu.generate.sampling import SamplingParams
     from danlu.generate.speculative import PromptLookup, speculative
     from danlu.model.checkpoint import load_model
@@ -114,7 +116,11 @@ def danlu_program(form: Format, folder: Path) -> Generate:
         tokenizer = train_bpe(["danlu danlu"], 259)  # unused: ids go in and out
     else:
         model, tokenizer = danlu.load(MODEL, dtype=torch.float32)
-    engine: Any = danlu.Engine(model, tokenizer, dtype=kind, deterministic=mode == "deterministic")
+    room = N_PROMPTS * 2 * (N_IN + N_OUT)  # six of us and seven others share the memory
+    size = bytes_per_block(model.config, torch.float32) * room // POSITIONS
+    engine: Any = danlu.Engine(
+        model, tokenizer, dtype=kind, deterministic=mode == "deterministic", cache_bytes=size
+    )
 
     def generate(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
         params = SamplingParams(max_tokens=n_tokens, temperature=0, stop_ids=())

@@ -11,9 +11,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numba.extending import register_jitable
 
+from danlu.generate.jit import kernel
 from danlu.generate.numbers import float_of_bits, narrow, wide
 from danlu.generate.products import put, room, rows_of, share, times
 from danlu.generate.threads import wait_for_all
@@ -157,7 +158,7 @@ def attend_one(
                     out[h, i] += scores[h, at + j] * wide(v[j, i])
 
 
-@njit(cache=True, parallel=True)
+@kernel()
 def attend(
     q: Any,
     keys: Any,
@@ -202,7 +203,7 @@ def attend(
 # Numbers by numbers, and rows by rows: the same whatever stands beside them
 
 
-@njit(cache=True, parallel=True, fastmath=FAST)
+@kernel(fastmath=FAST)
 def log_sums(x: Any, y: Any) -> None:
     """y (N,) float64 = log Σ exp of each row of x (N, V) float32."""
     n, width = x.shape
@@ -220,7 +221,7 @@ def log_sums(x: Any, y: Any) -> None:
 GELU, GELU_TANH, SILU, RELU, TANH = range(5)
 
 
-@njit(cache=True, parallel=True)
+@kernel()
 def activate(kind: int, x: Any) -> None:
     """An activation of x (N,) float32, in place."""
     for i in prange(len(x)):
@@ -299,7 +300,7 @@ def turn_and_write(
         values[slot, i] = narrow(v[i], values)
 
 
-@njit(cache=True, parallel=True)
+@kernel()
 def decode(
     x: Any,
     norms: Any,
@@ -459,7 +460,7 @@ def add_and_put(x: Any, added: Any, w: Any, eps: Any, h: Any, t: int, line: Any)
 # Between the products of a pass over many tokens
 
 
-@njit(cache=True, parallel=True)
+@kernel()
 def add_and_norm(x: Any, y: Any, w: Any, eps: Any, h: Any) -> None:
     """x += y (N, D); h = the norm of x, in the dtype of h."""
     width = x.shape[1]
@@ -472,7 +473,7 @@ def add_and_norm(x: Any, y: Any, w: Any, eps: Any, h: Any) -> None:
             h[t, i] = narrow(line[i], h)
 
 
-@njit(cache=True, parallel=True)
+@kernel()
 def heads_of(
     mixed: Any,
     bias: Any,
@@ -506,7 +507,7 @@ def heads_of(
                 q[t, head, i] = line[head * e + i]
 
 
-@njit(cache=True, parallel=True)
+@kernel()
 def gated(gate_up: Any, inner: Any, parts: int) -> None:
     """inner (N, F) = silu(gate) · up of gate_up (N, 2 F), in `parts` parallel parts."""
     n, ffn = inner.shape

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, prange, types
+from numba import prange, types
 from numba.extending import overload, register_jitable
 
+from danlu.generate.jit import kernel
 from danlu.generate.numbers import wide
 from danlu.generate.pairs import put_pairs, times_pairs
 from danlu.generate.vectors import LANES, dots1, dots2, dots4
@@ -109,7 +110,7 @@ def _put(x: Any, t: Any, begin: Any, line: Any) -> Callable[..., Any]:
     return as_it_is
 
 
-@njit(cache=True, parallel=True)
+@kernel()
 def product(w: Any, factors: Any, x: Any, y: Any, parts: int) -> None:
     """y (N, rows) = x (N, D) Wᵀ, in `parts` parallel parts."""
     n_rows = rows_of(w)

@@ -3,12 +3,9 @@
 from typing import Any
 
 from llvmlite import ir
-from numba import config, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
-
-# Each part of a loop needs a thread of its own. TBB may give one thread two, which would wait for ever.
-config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]  # type: ignore[attr-defined]
 
 
 def _counter_address(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

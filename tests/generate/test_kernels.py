@@ -1,5 +1,8 @@
 """The compiled loops against PyTorch in float64, and that a sum's bits hang on nothing else."""
 
+import ast
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +11,7 @@ import torch
 from numba import get_num_threads
 
 from danlu.core.errors import UserError
-from danlu.generate import kernels, pairs
+from danlu.generate import jit, kernels, pairs
 from danlu.generate.packed import GROUP, empty, multiply, pack, reordered, steady, unpack
 from danlu.generate.paged import as_array
 from danlu.generate.products import product
@@ -176,3 +179,16 @@ def test_steady_activations(name: str) -> None:
     expected = x.tanh() if name == "tanh" else ACTIVATIONS[name](x)
     torch.testing.assert_close(steady(name)(x), expected, atol=1e-6, rtol=1e-5)
     assert torch.equal(steady(name)(x)[3:], steady(name)(x[3:]))
+
+
+def test_kernels_are_kept_under_all_that_they_are_made_of() -> None:
+    """Else an old part would go on in a new version."""
+    folder = Path(jit.__file__).parent
+    found, waiting = set(), {"kernels"}
+    while waiting:
+        found.add(name := waiting.pop())
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("danlu.generate."):
+                waiting |= {str(node.module).rpartition(".")[2]} - found
+    assert found == set(jit.PARTS)
+    assert jit.FOLDER in str(kernels.decode._cache.cache_path) or "NUMBA_CACHE_DIR" in os.environ
