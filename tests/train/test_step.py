@@ -10,13 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from danlu.core.errors import UserError
+from danlu.model import compiling
 from danlu.model.checkpoint import hf_tensors
 from danlu.model.compiling import compiled_layers, should_compile
 from danlu.model.config import ModelConfig
 from danlu.model.families import to_hf
 from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch
-from danlu.train import compiling
 from danlu.train.config import OptimConfig
 from danlu.train.optim import make_optimizer
 from danlu.train.step import TrainStep
