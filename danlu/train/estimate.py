@@ -19,6 +19,8 @@ LOADED_BYTES = 150_000_000
 """What a first step, torch's distributed checkpoints and the tokenizer keep resident besides."""
 PACKED_A_SECOND = 1e9
 """Bytes of weights that are packed for sampling: `smollm2` takes half a second on two cores."""
+SAMPLING_BYTES = 150_000_000
+"""What compiling the engine's kernels for the first time takes, and keys and values in large pages."""
 START_SECONDS, COMPILE_SECONDS = 2, 5
 """Until the first step; the compiler takes twice that the first time, and less from its cache."""
 
@@ -46,15 +48,12 @@ def estimate_training(config: TrainConfig, upstream: Mapping[str, Estimate]) -> 
         problems.append(f"{error.message}: {error.remedy}")
     size = 2 if low else 4
 
-    def memory_of(tokens: int) -> int:
-        activations = config.checkpoint_activations
-        return LOADED_BYTES + count.training_memory(
-            sizes, tokens, size, activations, config.optim.name, compiled, config.lora
-        )
-
-    # Samples come from copies of the weights, in two orders, when no activations are kept.
+    training = LOADED_BYTES + count.training_memory(
+        sizes, micro_batch, size, config.checkpoint_activations, config.optim.name, compiled, config.lora
+    )
+    # Samples come from copies of the weights, in two orders; what training has freed stays with it meanwhile.
     packed = 2 * size * count.parameters(sizes) if config.sample_prompts else 0
-    memory = max(memory_of(micro_batch), memory_of(0) + packed)
+    memory = training + packed + (SAMPLING_BYTES if config.sample_prompts else 0)
     if memory > here.memory_bytes:
         problems.append(
             f"needs about {memory / 1e9:.1f} GB of memory, this machine has {here.memory_bytes / 1e9:.1f}"
