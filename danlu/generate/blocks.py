@@ -54,7 +54,7 @@ class Blocks:
         self.n_blocks, self.size = n_blocks, size
         self.owners = [0] * n_blocks
         self.free = set(range(n_blocks))
-        self.runs = list(range(0, n_blocks, RUN))[::-1]
+        self.runs = dict.fromkeys(range(0, n_blocks, RUN))
         """Where `RUN` free blocks may lie in a row; some are no longer free."""
         self.idle: OrderedDict[int, None] = OrderedDict()
         """Remembered blocks without an owner, the longest unused first."""
@@ -94,7 +94,7 @@ class Blocks:
     def _run(self) -> int:
         """The first block of a free run, where there is one."""
         while self.runs:
-            begin = self.runs.pop()
+            begin, _ = self.runs.popitem()
             if self._is_run(begin):
                 self.free.remove(begin)
                 return begin
@@ -107,7 +107,7 @@ class Blocks:
         self.free.add(block)
         begin = block // RUN * RUN
         if self._is_run(begin):
-            self.runs.append(begin)
+            self.runs[begin] = None
 
     def share(self, block: int) -> int:
         """One more owner."""

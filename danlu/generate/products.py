@@ -2,6 +2,8 @@
 
 A matrix (rows, D) lies as it is, or, with one more axis, as `pairs` says; so do the activations that are
 multiplied with it. All sums have one order, whatever else is computed in the same call.
+
+Functions that raise NotImplementedError are names only: numba compiles what `overload` says for each layout.
 """
 
 from collections.abc import Callable
