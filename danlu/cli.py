@@ -181,6 +181,20 @@ VERBS = [
         examples=("chat runs/quickstart",),
     ),
     Verb(
+        "serve",
+        "danlu.serve.serve:serve",
+        "danlu.serve.config:ServeConfig",
+        "OpenAI's API and a chat page, for any model.",
+        positional=("model",),
+        extra="serve",
+        group=_USE,
+        examples=(
+            "serve smollm2",
+            "serve runs/quickstart smollm2 --port 9000",
+            "serve smollm2 --adapter mine=runs/my/lora",
+        ),
+    ),
+    Verb(
         "merge",
         "danlu.model.merge:merge_adapter",
         "danlu.model.config:MergeConfig",

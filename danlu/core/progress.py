@@ -62,7 +62,8 @@ class Progress:
         if self.total is not None and rate > 0 and self.done < self.total:
             parts.append(f"ETA {clock((self.total - self.done) / rate)}")
         else:
-            parts.append(f"took {clock(elapsed)}")
+            over = self.total is None or self.done >= self.total
+            parts.append(f"took {clock(elapsed)}" if over else f"{clock(elapsed)} so far")
         print("\r\x1b[K" * self.live + " · ".join(parts), file=sys.stderr, end=end, flush=True)
 
 

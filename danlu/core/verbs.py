@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from danlu.core.config import Config
+from danlu.core.errors import UserError
 
 
 @dataclass
@@ -56,6 +57,8 @@ class Verb:
     """Commands for the help."""
     also: str | None = None
     """A second name, e.g. "eval run" for "eval"."""
+    extra: str = ""
+    """The extra of danlu's packages without which it can't work."""
     group: str = ""
     """Heading that it is listed under."""
 
@@ -64,7 +67,15 @@ class Verb:
         return (self.name, self.also) if self.also else (self.name,)
 
     def load_function(self) -> Callable[..., Any]:
-        return resolve(self.function)
+        """Raises UserError where packages of an extra are missing."""
+        try:
+            return resolve(self.function)
+        except ModuleNotFoundError as error:
+            if not self.extra or (error.name or "").startswith("danlu"):
+                raise
+            raise UserError(
+                f"the package {error.name} is not installed", f"pip install 'danlu[{self.extra}]'"
+            ) from None
 
     def load_config(self) -> type[Config]:
         return resolve(self.config)

@@ -45,6 +45,11 @@ def to_messages(row: dict[str, Any], where: str) -> Messages | None:
         messages = _exchange(row["prompt"], row["completion"])
     else:
         return None
+    return check_messages(messages, where)
+
+
+def check_messages(messages: Any, where: str) -> Messages:
+    """The messages themselves. Raises UserError for what isn't a list of them, or is an empty one."""
     for number, message in enumerate(_list(messages, where), 1):
         _check_message(message, f"{where}, message {number}")
     return messages

@@ -1,8 +1,9 @@
 """The engine: prompts in, completions out. Every token in danlu comes from here, and every likelihood."""
 
 import codecs
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -15,7 +16,6 @@ from danlu.core.host import memory_bytes
 from danlu.core.progress import Progress
 from danlu.data.conversations import Messages
 from danlu.generate.blocks import Blocks, Tables
-from danlu.generate.draw import top_logprobs
 from danlu.generate.fast import FastRunner, runs_fast
 from danlu.generate.graphs import GraphRunner, runs_in_graphs
 from danlu.generate.kernels import POSITIONS
@@ -188,25 +188,36 @@ class Engine:
         drops = _is_chat(prompt) and self.tokenizer.drops_first_blank
         return text.removeprefix(" ") if drops else text
 
-    def submit(self, prompt: Prompt, params: SamplingParams, adapter: str | None = None) -> "Request":
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        adapter: str | None = None,
+        *,
+        is_reply: bool | None = None,
+        salt: str = "",
+    ) -> "Request":
         """Puts a request into the batch; `step` moves it on. `adapter`: None = the model without any.
 
-        Raises UserError for what can never fit, and for an adapter that the engine wasn't given.
+        `is_reply`: whether ids are a conversation whose next turn is wanted; of text and messages it is
+        known. `salt`: only requests with the same one use each other's prefixes, so that nobody can tell by
+        the time it takes what others have asked. Raises UserError for what can never fit, and for an adapter
+        that the engine wasn't given.
         """
         if adapter is not None and adapter not in self.adapters:
             raise UserError(
                 f'the engine has no adapter "{adapter}"', f"it has {', '.join(self.adapters) or 'none'}"
             )
         ids = self.prompt_ids(prompt)
-        self._check_prompt(ids)
+        self.check_prompt(ids, room=min(1, params.max_tokens))
         n_tokens = min(len(ids) + params.max_tokens, self.model.config.max_positions)
         if n_tokens > self.capacity and not self.scheduler.lanes[0].tables.window:
             raise UserError(
                 f"{len(ids)} tokens of prompt, {params.max_tokens} of answer: a cache of {self.capacity}",
                 "give the engine more memory, shorten the prompt or generate fewer tokens",
             )
-        request = Request(self, ids, params, _is_chat(prompt))
-        request.begin(self.adapters.index(adapter) + 1 if adapter else 0)
+        request = Request(self, ids, params, _is_chat(prompt) if is_reply is None else is_reply)
+        request.begin(self.adapters.index(adapter) + 1 if adapter else 0, salt)
         return request
 
     def step(self) -> None:
@@ -309,28 +320,19 @@ class Engine:
         """(texts, D) float32: the mean of the last layer's vectors over a text's tokens."""
         ids = [self.prompt_ids(text) for text in texts]
         for tokens in ids:
-            self._check_prompt(tokens, room=0)
+            self.check_prompt(tokens, room=0)
 
-        def program(tokens: list[int]) -> Any:
-            def embedding(sequences: Sequences) -> Program[torch.Tensor]:
-                sequence = sequences.open()
-                output = yield [Feed(sequence, tokens, every=True, hidden_only=True)]
-                sequences.free(sequence)
-                return output.hidden.float().mean(0)
-
-            return embedding
-
-        return torch.stack(self.run(*map(program, ids)))
+        return torch.stack(self.run(*map(embedding, ids)))
 
     def _check_pair(self, prefix: list[int], continuation: list[int]) -> None:
         if not continuation:
             raise UserError("a continuation is empty", "give at least one token to be scored")
-        self._check_prompt([*prefix, *continuation[:-1]], room=0)
+        self.check_prompt([*prefix, *continuation[:-1]], room=0)
         if not prefix:
             raise UserError("a prefix is empty", "begin with the start token, or any other")
 
-    def _check_prompt(self, ids: list[int], room: int = 1) -> None:
-        """`room`: positions that must be left."""
+    def check_prompt(self, ids: list[int], room: int = 1) -> None:
+        """Raises UserError for ids that can't be read. `room`: positions that must be left."""
         config = self.model.config
         if not ids:
             raise UserError("the prompt is empty", "give at least one token")
@@ -360,10 +362,14 @@ class Request:
         self.room = min(params.max_tokens, engine.model.config.max_positions - len(ids) + 1)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begins = is_reply and tokenizer.drops_first_blank
+        self._taken = 0
+        names = {number: name for name, number in tokenizer.special_ids.items()}
+        self._shown = names if params.shows_special else {}
 
-    def begin(self, root: int = 0) -> None:
+    def begin(self, root: int = 0, salt: str = "") -> None:
         """Joins the others, with one of the adapters."""
-        sequences = Owned(self.engine.scheduler.lanes, root)
+        own = int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=16).digest()) if salt else 0
+        sequences = Owned(self.engine.scheduler.lanes, root + own * (len(self.engine.adapters) + 1))
         self.job = Job(self.program(sequences), root, owned=sequences.owned)
         self.engine.scheduler.submit(self.job)
 
@@ -385,18 +391,20 @@ class Request:
 
     def pieces(self) -> Iterator[str]:
         """The text as it comes."""
-        seen = 0
         while True:
-            text = self.completion.text
-            ready = len(text) if self.job.done else len(text) - self._withheld()
-            if ready > seen:
-                yield text[seen:ready]
-                seen = ready
+            if piece := self.take():
+                yield piece
             if self.job.done:
                 break
             self.engine.step()
         if self.job.error is not None:
             raise self.job.error
+
+    def take(self) -> str:
+        """What is certain of the text and has not been taken yet."""
+        text, begin = self.completion.text, self._taken
+        self._taken = max(begin, len(text) if self.job.done else len(text) - self._withheld())
+        return text[begin : self._taken]
 
     def program(self, sequences: Sequences) -> Program[Completion]:
         """Token by token until a stop, or until there is no room."""
@@ -420,7 +428,8 @@ class Request:
             if drawn.token in self.row.stop_ids:
                 completion.finish_reason = "stop"
                 break
-            self._append(self.engine.tokenizer.decode_bytes([drawn.token]))
+            shown = self._shown.get(drawn.token)
+            self._append(shown.encode() if shown else self.engine.tokenizer.decode_bytes([drawn.token]))
             if self._stopped() or self.row.complete:
                 completion.finish_reason = "stop"
                 break
@@ -433,11 +442,9 @@ class Request:
         *before, last = self.ids
         if before:
             n = self.params.prompt_logprobs or 0
-            output = yield [Feed(sequence, before, every=True)]
-            logprobs = output.logits.log_softmax(1)
-            chosen = logprobs.gather(1, torch.tensor(self.ids[1:], device=logprobs.device)[:, None])
-            self.completion.prompt_logprobs = chosen[:, 0].tolist()
-            self.completion.prompt_top = [top_logprobs(line, n) for line in logprobs]
+            output = yield [Feed(sequence, before, targets=self.ids[1:], top=n)]
+            self.completion.prompt_logprobs = output.logprobs.tolist()
+            self.completion.prompt_top = output.tops
         return [last]
 
     def _append(self, data: bytes, final: bool = False) -> None:
@@ -465,6 +472,18 @@ class Request:
             if any(stop.startswith(text[-length:]) for stop in self.params.stop):
                 return length
         return 0
+
+
+def embedding(tokens: list[int]) -> Callable[[Sequences], Program[torch.Tensor]]:
+    """A program that finds (D,) float32: the mean of the last layer's vectors."""
+
+    def program(sequences: Sequences) -> Program[torch.Tensor]:
+        sequence = sequences.open()
+        output = yield [Feed(sequence, tokens, every=True, hidden_only=True)]
+        sequences.free(sequence)
+        return output.hidden.float().mean(0)
+
+    return program
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from danlu.generate.config import GenerateConfig, SamplingConfig
 from danlu.generate.engine import Completion, Engine, Prompt
 from danlu.generate.packed import Kind
 from danlu.generate.sampling import Row, SamplingParams, process
+from danlu.model.transformer import Transformer
+from danlu.tokens.tokenizer import Tokenizer
 
 
 def sampling_params(config: SamplingConfig, seed: int | None = None) -> SamplingParams:
@@ -31,13 +33,19 @@ def _schema(given: str) -> str:
 
 def make_engine(ref: str, dtype: str = "auto", deterministic: bool = False, device: str = "auto") -> Engine:
     """An engine for the model that is named. `deterministic` counts on a processor only."""
+    model, tokenizer, kind = load_for_engine(ref, dtype, device)
+    on_cpu = model.head_weight.device.type == "cpu"
+    return Engine(model, tokenizer, dtype=kind, deterministic=deterministic and on_cpu)
+
+
+def load_for_engine(ref: str, dtype: str, device: str) -> tuple[Transformer, Tokenizer, Kind]:
+    """What an engine is made of; both settings may be auto."""
     where = choose_device(device)
     if dtype == "auto":
         dtype = "bf16" if choose_dtype("auto", where) == torch.bfloat16 else "float32"
     live = torch.float32 if dtype == "float32" or where.type == "cpu" else torch.bfloat16
     model, tokenizer = danlu.load(ref, dtype=live, device=where)
-    deterministic = deterministic and where.type == "cpu"
-    return Engine(model, tokenizer, dtype=cast(Kind, dtype), deterministic=deterministic)
+    return model, tokenizer, cast(Kind, dtype)
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:

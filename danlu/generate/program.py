@@ -44,6 +44,8 @@ class Feed:
     every: bool = False
     row: Row | None = None
     targets: Sequence[int] = ()
+    top: int = 0
+    """Of the most probable tokens in each target's place, how many are reported."""
     hidden_only: bool = False
     """No logits, only what they are made from."""
     silent: bool = False
@@ -70,6 +72,8 @@ class Output:
     """(rows,) float32 of the targets."""
     greedy: Tensor = NONE
     """(rows,) whether each target is the most probable token."""
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Of each row the most probable tokens, with their log-probabilities."""
 
     @property
     def is_nan(self) -> bool:
@@ -89,6 +93,7 @@ class Output:
             torch.cat([part.hidden for part in parts] or [NONE]),
             **{name: torch.cat(values) for name, values in joined.items() if values},
             draw=parts[-1].draw if parts else None,
+            tops=[top for part in parts for top in part.tops],
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from danlu.generate.blocks import Piece
-from danlu.generate.draw import log_sums
+from danlu.generate.draw import log_sums, top_logprobs
 from danlu.generate.packed import Kind, PackedLinear, steady, substitute
 from danlu.generate.paged import PagedCache, Step
 from danlu.model.lora import LoraLinear
@@ -157,14 +157,22 @@ class Runner:
         return cap * (steady("tanh")(z / cap) if self.exact else (z / cap).tanh())
 
     @torch.no_grad()
-    def score(self, hidden: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of each row the log-probability of its target, and whether it is the most probable token."""
+    def score(
+        self, hidden: Tensor, targets: Sequence[int], n_top: Sequence[int]
+    ) -> tuple[Tensor, Tensor, list[list[tuple[int, float]]]]:
+        """Of each row its target's log-probability, whether it is the most probable token, and the `n_top`
+        most probable ones.
+        """
         ids = torch.tensor(targets, device=hidden.device)
         logprobs, greedy = [], []
+        tops: list[list[tuple[int, float]]] = []
         size = max(1, SCORED_AT_ONCE // self.model.config.vocab_size)
         for rows, wanted in zip(hidden.split(size), ids.split(size), strict=True):
             logits = self.logits(rows)
-            chosen = logits.gather(1, wanted[:, None])[:, 0]
-            logprobs.append(chosen - log_sums(logits))
+            totals = log_sums(logits)
+            logprobs.append(logits.gather(1, wanted[:, None])[:, 0] - totals)
             greedy.append(logits.argmax(1) == wanted)
-        return torch.cat(logprobs).cpu(), torch.cat(greedy).cpu()
+            own = n_top[len(tops) : len(tops) + len(rows)]
+            each = zip(logits, totals, own, strict=True) if any(own) else ()
+            tops += [top_logprobs(row - total, n) for row, total, n in each] or [[] for _ in own]
+        return torch.cat(logprobs).cpu(), torch.cat(greedy).cpu(), tops

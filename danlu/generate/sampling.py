@@ -34,7 +34,7 @@ class SamplingParams:
 
     `temperature`: 0 = greedy, and then what shapes a draw is left out (top_k … mirostat_tau). `stop_ids`:
     None = the tokenizer's. `seed` decides the draws of one prompt whatever else is in the batch. By default
-    every other strategy is off.
+    every other strategy is off. `max_tokens` 0: only the prompt is read, for its log-probabilities.
     """
 
     max_tokens: int = 200
@@ -61,6 +61,8 @@ class SamplingParams:
     banned: tuple[int, ...] = ()
     stop: str | Sequence[str] = ()
     """Texts that end the answer and are no part of it."""
+    shows_special: bool = False
+    """Whether special tokens are written into the text by their names; those that end it never are."""
     logprobs: int = 0
     """How many alternatives to report beside each token."""
     prompt_logprobs: int | None = None
@@ -77,7 +79,7 @@ class SamplingParams:
         self._normalise()
         at_least_0 = (0, math.inf, "at least 0")
         ranges = {
-            "max_tokens": (1, math.inf, "at least 1"),
+            "max_tokens": at_least_0,
             "temperature": at_least_0,
             "top_k": at_least_0,
             "top_p": (5e-324, 1, "above 0 and at most 1"),
@@ -136,7 +138,17 @@ class SamplingParams:
         return tuple(getattr(self, field.name) for field in fields(self) if field.name not in _PER_ROW)
 
 
-_PER_ROW = {"max_tokens", "seed", "stop_ids", "stop", "logprobs", "prompt_logprobs", "schema", "regex"}
+_PER_ROW = {
+    "max_tokens",
+    "seed",
+    "stop_ids",
+    "stop",
+    "shows_special",
+    "logprobs",
+    "prompt_logprobs",
+    "schema",
+    "regex",
+}
 
 
 class Row:

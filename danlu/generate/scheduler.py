@@ -290,10 +290,13 @@ class Scheduler:
                     outputs[i].draw = drawn
         if scored:
             targets = [target for i in scored for target in asking[i].targets]
-            found = runner.score(torch.cat([hidden[i] for i in scored]), targets)
-            sizes = [len(hidden[i]) for i in scored]
-            for i, logprobs, greedy in zip(scored, *(part.split(sizes) for part in found), strict=True):
-                outputs[i].logprobs, outputs[i].greedy = logprobs, greedy
+            n_top = [asking[i].feed.top for i in scored for _ in hidden[i]]
+            logprobs, greedy, tops = runner.score(torch.cat([hidden[i] for i in scored]), targets, n_top)
+            begin = 0
+            for i in scored:
+                rows_of_i = slice(begin, begin := begin + len(hidden[i]))
+                outputs[i].logprobs, outputs[i].greedy = logprobs[rows_of_i], greedy[rows_of_i]
+                outputs[i].tops = tops[rows_of_i]
         return outputs
 
     def _is_ready(self, job: Job) -> bool:

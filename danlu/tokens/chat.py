@@ -35,6 +35,9 @@ CHATML = """\
 {% endif -%}
 """
 
+Tools = list[dict[str, Any]] | None
+"""Functions that a model may call, as OpenAI's API describes them."""
+
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 """Unicode noncharacters: reserved for a program's own use, never part of a text."""
 
@@ -57,12 +60,12 @@ Span = tuple[int, int]
 class _Turns:
     """A rendered text, and where things are in it.
 
-    contents: of each message, in their order; special: the frame's special tokens; replies: for each of
-    the assistant's turns where its prompt ends (there it begins) and where its content ends.
+    contents: of each message that has one, by its number; special: the frame's special tokens; replies:
+    for each of the assistant's turns where its prompt ends (there it begins) and where its content ends.
     """
 
     text: str
-    contents: list[Span]
+    contents: dict[int, Span]
     special: dict[Span, str]
     replies: list[Span]
 
@@ -88,34 +91,45 @@ def render(messages: Messages, tokenizer: Tokenizer, longest_reply: int = 0) -> 
     return out
 
 
-def render_prompt(messages: Messages, tokenizer: Tokenizer) -> list[int]:
-    """Ids up to where the assistant's next turn begins: what serving hands to the model."""
-    turns = _turns(messages, tokenizer, add_generation_prompt=True)
+def render_prompt(messages: Messages, tokenizer: Tokenizer, tools: Tools = None) -> list[int]:
+    """Ids up to where the assistant's next turn begins: what serving hands to the model.
+
+    `tools`: what it may call, for templates that list them. Raises UserError where anything but a message's
+    content spells a special token.
+    """
+    turns = _turns(messages, tokenizer, add_generation_prompt=True, tools=tools)
     return [number for _, ids in _parts(turns, tokenizer) for number in ids]
 
 
-def render_text(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False) -> str:
+def render_text(
+    messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False, tools: Tools = None
+) -> str:
     """The same as text."""
-    return _run_template(tokenizer, messages, add_generation_prompt)
+    return _run_template(tokenizer, messages, add_generation_prompt, tools)
 
 
-def _turns(messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False) -> _Turns:
-    text, found = _unmark(_run_template(tokenizer, _mark(messages), add_generation_prompt))
+def _turns(
+    messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = False, tools: Tools = None
+) -> _Turns:
+    for message in messages:
+        _check_spelt({**message, "role": None, "content": None}, tokenizer)
+    _check_spelt(tools, tokenizer)
+    text, found = _unmark(_run_template(tokenizer, _mark(messages), add_generation_prompt, tools))
     kept = all(text[slice(*span)] == messages[number]["content"].strip() for number, span in found)
-    if not kept or text != _run_template(tokenizer, messages, add_generation_prompt):
+    if not kept or text != _run_template(tokenizer, messages, add_generation_prompt, tools):
         raise UserError(
             "the chat template changes the messages' content", "use one that inserts it as it is, or trimmed"
         )
     contents = dict(found)
-    if left_out := [n for n in range(len(messages)) if n not in contents]:
+    if left_out := [n for n, message in enumerate(messages) if n not in contents and _says(message)]:
         raise UserError(
             f"the chat template leaves out message {left_out[0] + 1} ({messages[left_out[0]]['role']})",
             "take it out of the conversation, or use another template",
         )
-    turns = _Turns(text, [contents[n] for n in range(len(messages))], {}, [])
+    turns = _Turns(text, contents, {}, [])
     for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            begin, end = turns.contents[number]
+        if message["role"] == "assistant" and number in contents:
+            begin, end = contents[number]
             turns.replies.append((_prompt_end(messages[:number], turns.text, begin, tokenizer), end))
     frames = _frames(text, sorted(span for _, span in found), {begin for begin, _ in turns.replies})
     turns.special = {span: name for frame in frames for span, name in _special_in(text, frame, tokenizer)}
@@ -126,6 +140,9 @@ def _mark(messages: Messages) -> Messages:
     """The messages, each content between marks. Blanks stay outside: a template may trim them."""
     marked = []
     for number, message in enumerate(messages):
+        if not _says(message):
+            marked.append(message)
+            continue
         content = message["content"]
         if _OPEN in content or _CLOSE in content:
             raise UserError("a message holds a Unicode noncharacter (U+FDD0 or U+FDD1)", "remove it")
@@ -133,6 +150,23 @@ def _mark(messages: Messages) -> Messages:
         lead, trail = content.split(core, 1) if core else (content, "")
         marked.append({**message, "content": f"{lead}{_OPEN}{number};{core}{_CLOSE}{trail}"})
     return marked
+
+
+def _says(message: dict[str, Any]) -> bool:
+    """Whether there is a content: beside calls of tools there may be none."""
+    return bool(message["content"]) or not message.get("tool_calls")
+
+
+def _check_spelt(value: Any, tokenizer: Tokenizer) -> None:
+    """A template writes tools and their calls itself: a special token in them would be one."""
+    if isinstance(value, str):
+        if spelt := [name for name in tokenizer.special_ids if name in value]:
+            raise UserError(f"a tool, or a call of one, spells the special token {spelt[0]}", "remove it")
+    elif isinstance(value, dict):
+        _check_spelt([*value.keys(), *value.values()], tokenizer)
+    elif isinstance(value, list):
+        for item in value:
+            _check_spelt(item, tokenizer)
 
 
 def _unmark(text: str) -> tuple[str, list[tuple[int, Span]]]:
@@ -213,14 +247,18 @@ def _parts(turns: _Turns, tokenizer: Tokenizer) -> Iterator[tuple[Span, list[int
             yield (begin, end), tokenizer.encode(turns.text[begin:end], mid_text)
 
 
-def _run_template(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
+def _run_template(
+    tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool, tools: Tools = None
+) -> str:
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template", "use a model that was made for chat")
     named = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     named = {name: token for name, token in named.items() if token is not None}
     try:
         template = _compile(tokenizer.chat_template)
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **named)
+        return template.render(
+            messages=messages, tools=tools or None, add_generation_prompt=add_generation_prompt, **named
+        )
     except Exception as error:  # a template is a foreign program: it can raise anything
         raise UserError(f"the chat template fails on this conversation: {error}") from None
 
