@@ -32,7 +32,7 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml constraints.txt requirements-demo.txt | $(BIN)/python
 	@echo "Installing danlu into $(VENV) …"
 	@$(PIP) $(TORCH)
-	@$(PIP) --editable '.[serve]'
+	@$(PIP) --editable '.[serve,gguf]'
 	@$(PIP) --no-deps --requirement requirements-demo.txt
 	@touch $@
 

@@ -85,7 +85,9 @@ def parse(verbs: Sequence[Verb], tokens: Sequence[str]) -> Call | None:
     known = list(options(cls)) if cls else []
     if verb and verb.keeps_nothing:
         known = [replace(option, required=option.required and option.path != ("out",)) for option in known]
-    tokens, overrides = _normalise(tokens, known, takes_overrides="overrides" in {o.path[0] for o in known})
+    takes_overrides = "overrides" in {option.path[0] for option in known}
+    several = verb is not None and any(o.is_list and o.path[0] in verb.positional for o in known)
+    tokens, overrides = _normalise(tokens, known, takes_overrides, several)
     app = _app(verbs, verb, known)
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
@@ -134,12 +136,14 @@ def _plain_types(annotation: Any) -> Iterator[Any]:
 
 
 def _normalise(
-    tokens: Sequence[str], known: Sequence[Option], takes_overrides: bool
+    tokens: Sequence[str], known: Sequence[Option], takes_overrides: bool, several: bool = False
 ) -> tuple[list[str], list[str]]:
     """`key.sub=value` as `--key.sub=value`, with dashes in names; overrides of stages are set apart.
 
-    The value of an option is left alone, whatever it looks like.
+    The value of an option is left alone, whatever it looks like; so is NAME=PATH where no option has that
+    name, and `several` of them are expected by position.
     """
+    names = {option.name for option in known}
     flags = {"--json", "--help", "-h", "--version", *(o.name for o in known if o.is_flag)}
     flags |= {f"--no-{flag[2:]}" for flag in flags}
     result: list[str] = []
@@ -149,7 +153,8 @@ def _normalise(
         if token == "--":
             return [*result, token, *rest], overrides
         if known and _ASSIGNMENT.match(token):
-            token = f"--{token}"
+            named = f"--{token.partition('=')[0]}".replace("_", "-")
+            token = token if several and named not in names else f"--{token}"
         name, equals, value = token.partition("=")
         if not token.startswith("-") or token == "-":
             result.append(token)

@@ -167,8 +167,9 @@ async def _detokenize(
 
 
 async def _health(_: None, kitchen: Kitchen, __: Request) -> Response:
-    status: Any = "ending" if kitchen.ending else "ok"
-    return _json(schema.Health(status=status), 503 if kitchen.ending else 200)
+    status: Any = "ok" if kitchen.worker.alive else "failed"
+    status = "ending" if kitchen.ending else status
+    return _json(schema.Health(status=status), 200 if status == "ok" else 503)
 
 
 ENDPOINTS = (

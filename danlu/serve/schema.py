@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Text = Annotated[str, Field(max_length=2_000_000)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
 JsonObject = dict[str, JsonValue]
 
 
@@ -144,11 +145,11 @@ class Sampling(Request):
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=128, description="answers to the same prompt")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="default: drawn for each request")
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="{id of a token: number}; -100 bans it"
+        None, max_length=1024, description="{id of a token: number}; -100 bans it"
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -437,7 +438,7 @@ class DetokenizeResponse(Response):
 
 
 class Health(Response):
-    status: Literal["ok", "ending"]
+    status: Literal["ok", "ending", "failed"]
 
 
 class ErrorBody(Response):

@@ -145,6 +145,7 @@ def _cache_bytes(model: Transformer, kind: Kind) -> int:
 def warm_up(catalogue: Catalogue) -> None:
     """Packs the weights, compiles what isn't compiled yet, takes the cache: not at the first request."""
     begin = time.monotonic()
+    _note("getting ready …")
     for engine in catalogue.engines:
         cache = engine.scheduler.lanes[0].runner.cache
         if cache.keys.device.type == "cpu":

@@ -117,6 +117,10 @@ class Worker:
         for ticket in [*self._active]:
             self._cancel(ticket)
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def _make_calls(self) -> bool:
         """Makes the calls that wait; waits for one where there is nothing else to do. False at the end."""
         while True:

@@ -21,7 +21,10 @@ MOST_HEADER_BYTES = 64 * 2**10
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Takes the address; port 0 = any free one. Raises UserError where it can't be had."""
+    """Takes the address; port 0 = any free one. Nobody is heard before the server runs.
+
+    Raises UserError where it can't be had.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         taken = socket.socket(family, kind, protocol)
@@ -30,7 +33,6 @@ def listen(host: str, port: int) -> socket.socket:
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         taken.bind(address)
-        taken.listen(2048)
     except OSError as error:
         taken.close()
         raise UserError(f"{host}, port {port}: {error.strerror}", "choose another with --port") from None

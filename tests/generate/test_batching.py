@@ -342,3 +342,38 @@ def test_several_adapters_in_one_batch(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match='no adapter "three"'):
         engine.submit(prompt, params, adapter="three")
     assert leaks(engine) == 0
+
+
+def test_a_prompt_is_only_read_where_no_answer_is_wanted(tokenizer: Tokenizer) -> None:
+    engine = Engine(make("llama"), tokenizer)
+    prompt = list(range(30, 90))
+    [read] = engine.generate([prompt], SamplingParams(max_tokens=0, prompt_logprobs=1))
+    [full] = engine.generate([prompt], SamplingParams(max_tokens=1, prompt_logprobs=1))
+    assert (read.ids, read.text, read.finish_reason) == ([], "", "length")
+    assert read.prompt_logprobs == pytest.approx(full.prompt_logprobs, abs=1e-5)
+    assert engine.scheduler.lanes[0].tables.blocks.in_use == 0
+
+
+def test_prefixes_are_shared_only_with_the_same_salt(tokenizer: Tokenizer) -> None:
+    engine = Engine(make("llama"), tokenizer)
+    prompt, params = list(range(30, 130)), SamplingParams(max_tokens=1, temperature=0)
+
+    def tokens_read(salt: str) -> int:
+        """By the first step of the request."""
+        read: list[int] = []
+        runner = engine.scheduler.lanes[0].runner
+        plain = runner.run
+        runner.run = lambda pieces, *rest: (  # type: ignore[method-assign, assignment]
+            read.extend(len(piece.tokens) for piece in pieces) or plain(pieces, *rest)
+        )
+        try:
+            engine.submit(prompt, params, salt=salt).wait()
+        finally:
+            runner.run = plain  # type: ignore[method-assign]
+        return sum(read)
+
+    assert tokens_read("") == len(prompt)
+    assert tokens_read("") < len(prompt) / 2
+    assert tokens_read("mine") == len(prompt)
+    assert tokens_read("yours") == len(prompt)
+    assert tokens_read("mine") < len(prompt) / 2
