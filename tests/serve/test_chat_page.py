@@ -644,6 +644,61 @@ def test_conversations_are_kept_named_and_deleted(page: Any) -> None:
     assert entries.all_inner_texts() == ["The second one"]
 
 
+def test_leaving_the_page_keeps_what_was_said(open_page: Callable[..., Any]) -> None:
+    page = open_page(storage={"danlu.settings": {"first": {"max_tokens": 1500, "temperature": 1.2}}})
+    send(page, "Write a story of many chapters, as long as you can.")
+    page.wait_for_function(
+        "() => document.querySelector('.answer[aria-busy=true] .formatted')?.textContent.length > 40"
+    )
+    page.reload()
+    answer = wait_for_answers(page).first
+    assert len(said(answer)) > 40
+    assert "interrupted" in answer.locator(".stats").inner_text()
+    assert answer.locator(".failed").is_hidden()
+    assert answer.get_by_role("button", name="Tokens").count() == 0  # those are not kept
+    # The server has noticed: it has nothing left to do.
+    page.wait_for_function(
+        "async () => /^danlu_answers_pending 0/m.test(await (await fetch('/metrics')).text())"
+    )
+
+
+def test_another_tab_sees_what_changes(page: Any, site: Site) -> None:
+    other = page.context.new_page()
+    other.goto(site.url)
+    with answering(page, stream("Hello.")):
+        send(page, "From one tab")
+        wait_for_answers(page)
+    other.locator("#list .open", has_text="From one tab").wait_for()
+    other.get_by_role("button", name="Rename").click()
+    other.get_by_label("Name", exact=True).fill("Named in the other")
+    other.keyboard.press("Enter")
+    page.locator("h1", has_text="Named in the other").wait_for()
+
+
+BROKEN = [
+    "c.version = 2", "c.nodes = null", "delete c.nodes.root", "c.title = 7", "c.made = 'now'",
+    "n.role = 'system'", "n.content = null", "n.children = ['n9']", "n.shown = null", "n.parent = 'n9'",
+    "n.children = ['n0']; n.shown = 'n0'", "n.children = ['n1', 'n1']", "c.nodes.n1.id = 'other'",
+    "c.nodes.stray = {...n, id: 'stray', children: [], shown: null}", "n.stats = {tokens: 'x'}",
+    "n.model = 5",
+]  # fmt: skip
+
+
+def test_what_is_no_conversation_is_not_taken_for_one(page: Any) -> None:
+    kept = conversation("Hi", "Hello", "Bye")
+    table = ", ".join(f"{json.dumps(change)}: (c, n) => {{ {change} }}" for change in BROKEN)
+    check = f"""async ([kept, change]) => {{
+        const changes = {{"": () => {{}}, {table}}};
+        const tree = await import("/static/tree.js");
+        const c = structuredClone(kept);
+        changes[change](c, c.nodes.n0);
+        return tree.isConversation(c);
+    }}"""
+    assert page.evaluate(check, [kept, ""]) is True
+    for change in BROKEN:
+        assert page.evaluate(check, [kept, change]) is False, change
+
+
 def test_export_is_ready_for_fine_tuning(page: Any, tmp_path: Path) -> None:
     page.get_by_role("button", name="All", exact=True).click()
     assert page.get_by_text("There is nothing to export").is_visible()

@@ -16,6 +16,7 @@ import * as tree from "./tree.js";
 const conversations = new Map(); // by id, what is kept
 const notices = new Map(); // by a name: {text, actions}
 let models = null; // null until they are known
+let leaving = false;
 let run = null; // {controller, nodes, done} while answers come
 
 const chat = {
@@ -129,6 +130,8 @@ async function fill(node, body, signal) {
       if (atEnd) scrollTo({ top: document.body.scrollHeight });
     }
   } catch (error) {
+    // Leaving the page ends its requests, which is nobody's failure.
+    if (leaving) return;
     if (error.name === "AbortError") node.reason = "stopped";
     else if (error instanceof api.ApiError) node.error = { kind: error.kind, detail: error.detail };
     else {
@@ -495,7 +498,11 @@ byId("reset").addEventListener("click", () => {
   announce(t("wasReset"));
 });
 // What has come of an answer is kept too; another tab may have changed what is kept.
-addEventListener("pagehide", () => run && store.save(chat.conversation));
+addEventListener("pagehide", () => {
+  leaving = true;
+  if (run) store.save(chat.conversation);
+});
+addEventListener("pageshow", () => (leaving = false));
 addEventListener("storage", (event) => {
   if (event.key !== null && !store.isOurs(event.key)) return;
   load();
