@@ -40,7 +40,7 @@ def double(x: int) -> int:
 
 | name | value | another column | and one more column |
 |------|-------|----------------|---------------------|
-| `x`  | 21    | something long | something longer    |
+| `x`  | 21    | somethingverylongwithoutaspace | somethingevenlongerwithoutaspace |
 
 1. first
 2. second, see [the manual](https://example.org/manual)
