@@ -81,13 +81,16 @@ export const prefer = async (row) => (await json("page/preference", { row })).sa
 /** Chunks of an answer, as they come. */
 export async function* chat(body, signal) {
   const response = await send("v1/chat/completions", { ...body, stream: true, stream_options: { include_usage: true } }, signal);
+  let whole = false;
   for await (const data of events(response)) {
-    if (data === "[DONE]") return;
+    // Read to the end all the same: to leave now would look like stopping it.
+    if (data === "[DONE]") whole = true;
+    if (whole) continue;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ApiError("server", chunk.error.message);
     yield chunk;
   }
-  throw new ApiError("cut");
+  if (!whole) throw new ApiError("cut");
 }
 
 /** The data of server-sent events. */
