@@ -58,7 +58,8 @@ class Guard:
         origins: Sequence[str] = (),
         open_paths: Sequence[str] = (),
     ) -> None:
-        """`keys`: one of them must be sent, except for `open_paths` and what is below those that end in "/".
+        """`keys`: one of them must be sent, except for `open_paths` and what is below those that end in "/";
+        "/" itself opens nothing below it.
 
         `hosts`: names beside localhost that this server answers to, "*" = any. `origins`: pages elsewhere
         whose scripts may ask, "*" = any.
@@ -91,7 +92,9 @@ class Guard:
                 421, "this server does not answer to that name", code="unknown_host", param="Host"
             )
         path = scope["path"]
-        is_open = any(path == one or (one.endswith("/") and path.startswith(one)) for one in self.open_paths)
+        # "/" is the page alone: all paths are below it.
+        below = tuple(one for one in self.open_paths if one.endswith("/") and one != "/")
+        is_open = path in self.open_paths or path.startswith(below)
         if not self.keys or is_open or self._is_preflight(scope):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
