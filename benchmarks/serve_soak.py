@@ -1,4 +1,4 @@
-"""A server under mixed load for minutes: right answers, steady memory, nothing left over, how soon it answers.
+"""A server under mixed load for minutes: are the answers right, is memory steady, is nothing left over.
 
     python benchmarks/serve_soak.py [--requests 2000] [--clients 32] [--minutes 10] [--json FILE]
 

@@ -106,9 +106,12 @@ def load(config: ServeConfig) -> Catalogue:
 def _engine(path: str, adapters: list[tuple[str, str]], config: ServeConfig) -> Engine:
     model, tokenizer, kind = load_for_engine(path, config.dtype, config.device)
     on_cpu = model.head_weight.device.type == "cpu"
-    for name, where in adapters:
-        _add_adapter(model, name, where, path)
-    use_adapter(model, None)
+    if adapters:
+        if is_adapter(resolve(path)):
+            raise UserError(f"{path} is an adapter itself", "name its base, and it with --adapter")
+        for name, where in adapters:
+            _add_adapter(model, name, where, path)
+        use_adapter(model, None)
     return Engine(
         model,
         tokenizer,
