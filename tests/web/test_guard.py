@@ -104,9 +104,16 @@ def call(
     """One request as a server hands it to the application; the last of `bodies` ends it, b"…" never comes."""
     asked = [(b"host", b"localhost")] if headers is None else headers
     scope: Scope = {
-        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
-        "headers": asked, "root_path": "", "scheme": "http", "http_version": "1.1",
-    }  # fmt: skip
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": asked,
+        "root_path": "",
+        "scheme": "http",
+        "http_version": "1.1",
+    }
     waiting, sent = bodies or [b""], []
 
     async def receive() -> Message:
@@ -135,11 +142,24 @@ def host(name: bytes) -> list[tuple[bytes, bytes]]:
 @pytest.mark.parametrize(
     "name",
     [
-        b"localhost", b"LocalHost", b"localhost:8000", b"127.0.0.1", b"127.0.0.1:8000", b"127.8.9.1:1",
-        b"192.168.1.7:8000", b"0.0.0.0:8000", b"[::1]", b"[::1]:8000", b"[FE80::1]:8000", b"10.0.0.1",
-        b"danlu.example", b"danlu.example:8000", b"DANLU.Example", b"Lab-PC:80",
+        b"localhost",
+        b"LocalHost",
+        b"localhost:8000",
+        b"127.0.0.1",
+        b"127.0.0.1:8000",
+        b"127.8.9.1:1",
+        b"192.168.1.7:8000",
+        b"0.0.0.0:8000",
+        b"[::1]",
+        b"[::1]:8000",
+        b"[FE80::1]:8000",
+        b"10.0.0.1",
+        b"danlu.example",
+        b"danlu.example:8000",
+        b"DANLU.Example",
+        b"Lab-PC:80",
     ],
-)  # fmt: skip
+)
 def test_known_names_and_numbers_are_answered(name: bytes) -> None:
     assert call(around(hosts=["danlu.example", "lab-pc"]), headers=host(name)).status == 200
     assert call(around(hosts=["DANLU.EXAMPLE", "LAB-PC"]), headers=host(name)).status == 200
@@ -148,12 +168,33 @@ def test_known_names_and_numbers_are_answered(name: bytes) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        b"evil.example", b"evil.example:8000", b"localhost.evil.example", b"evil.example.", b"127.0.0.1.evil.example",
-        b"danlu.example.evil.example", b"xdanlu.example", b"evil.example@localhost", b"localhost@evil.example",
-        b"2130706433", b"0x7f000001", b"0177.0.0.1", b"127.1", b"", b":", b":8000", b"[", b"[]", b"[]:80",
-        b"::1.evil.example", b"\xff\xfe", b"localhost\xff", "ｌocalhost".encode(), b"*", b"null",
+        b"evil.example",
+        b"evil.example:8000",
+        b"localhost.evil.example",
+        b"evil.example.",
+        b"127.0.0.1.evil.example",
+        b"danlu.example.evil.example",
+        b"xdanlu.example",
+        b"evil.example@localhost",
+        b"localhost@evil.example",
+        b"2130706433",
+        b"0x7f000001",
+        b"0177.0.0.1",
+        b"127.1",
+        b"",
+        b":",
+        b":8000",
+        b"[",
+        b"[]",
+        b"[]:80",
+        b"::1.evil.example",
+        b"\xff\xfe",
+        b"localhost\xff",
+        "ｌocalhost".encode(),
+        b"*",
+        b"null",
     ],
-)  # fmt: skip
+)
 def test_other_names_are_refused(name: bytes) -> None:
     found = call(around(hosts=["danlu.example"]), headers=host(name))
     assert found.status == 421
@@ -197,11 +238,24 @@ def test_each_key_opens(value: bytes) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        b"", b"Bearer", b"Bearer ", b"Bearer sk-firs", b"Bearer sk-first1", b"Bearer SK-FIRST", b"sk-first", b"Basic sk-first",
-        b"Bearersk-first", b"Token sk-first", b"Bearer sk-first sk-second", b"Bearer sk-first,sk-second", b"Bearer \xff\xfe",
-        "Bearer ｓk-first".encode(), b"Bearer sk-first\xa0x", b"Bearer " + b"x" * 10_000,
+        b"",
+        b"Bearer",
+        b"Bearer ",
+        b"Bearer sk-firs",
+        b"Bearer sk-first1",
+        b"Bearer SK-FIRST",
+        b"sk-first",
+        b"Basic sk-first",
+        b"Bearersk-first",
+        b"Token sk-first",
+        b"Bearer sk-first sk-second",
+        b"Bearer sk-first,sk-second",
+        b"Bearer \xff\xfe",
+        "Bearer ｓk-first".encode(),
+        b"Bearer sk-first\xa0x",
+        b"Bearer " + b"x" * 10_000,
     ],
-)  # fmt: skip
+)
 def test_anything_else_does_not(value: bytes) -> None:
     found = call(around(keys=[KEY, OTHER_KEY]), headers=key(value))
     assert found.status == 401
@@ -219,11 +273,22 @@ def test_a_key_is_asked_for_where_none_is_sent() -> None:
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        ("/open/below", 200), ("/open/", 404), ("/open/../", 404), ("/open/elsewhere", 404), ("/exact", 404),
-        ("/open", 401), ("/openly", 401), ("/exact/below", 401), ("/exactly", 401), ("//open/below", 401),
-        ("/OPEN/below", 401), ("/x/open/below", 401), ("/", 401), ("", 401),
+        ("/open/below", 200),
+        ("/open/", 404),
+        ("/open/../", 404),
+        ("/open/elsewhere", 404),
+        ("/exact", 404),
+        ("/open", 401),
+        ("/openly", 401),
+        ("/exact/below", 401),
+        ("/exactly", 401),
+        ("//open/below", 401),
+        ("/OPEN/below", 401),
+        ("/x/open/below", 401),
+        ("/", 401),
+        ("", 401),
     ],
-)  # fmt: skip
+)
 def test_the_first_page_opens_no_other(path: str, status: int) -> None:
     """It ends in "/" as well."""
     expected = 200 if path == "/" else status
@@ -233,11 +298,22 @@ def test_the_first_page_opens_no_other(path: str, status: int) -> None:
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        ("/open/below", 200), ("/open/", 404), ("/open/../", 404), ("/open/elsewhere", 404), ("/exact", 404),
-        ("/open", 401), ("/openly", 401), ("/exact/below", 401), ("/exactly", 401), ("//open/below", 401),
-        ("/OPEN/below", 401), ("/x/open/below", 401), ("/", 401), ("", 401),
+        ("/open/below", 200),
+        ("/open/", 404),
+        ("/open/../", 404),
+        ("/open/elsewhere", 404),
+        ("/exact", 404),
+        ("/open", 401),
+        ("/openly", 401),
+        ("/exact/below", 401),
+        ("/exactly", 401),
+        ("//open/below", 401),
+        ("/OPEN/below", 401),
+        ("/x/open/below", 401),
+        ("/", 401),
+        ("", 401),
     ],
-)  # fmt: skip
+)
 def test_open_paths_need_none(path: str, status: int) -> None:
     """404: it came as far as the application, which has nothing there."""
     assert call(around(keys=[KEY], open_paths=["/open/", "/exact"]), path).status == status
@@ -344,12 +420,18 @@ def test_a_star_lets_every_page_ask() -> None:
 @pytest.mark.parametrize(
     ("path", "headers", "method", "status"),
     [
-        ("/", None, "GET", 200), ("/", None, "HEAD", 200), ("/nothing", None, "GET", 404), ("/", None, "DELETE", 405),
-        ("/refuse", None, "GET", 429), ("/fail", None, "GET", 500), ("/sleep", None, "GET", 504),
-        ("/", host(b"evil.example"), "GET", 421), ("/", announced("5000"), "POST", 413),
+        ("/", None, "GET", 200),
+        ("/", None, "HEAD", 200),
+        ("/nothing", None, "GET", 404),
+        ("/", None, "DELETE", 405),
+        ("/refuse", None, "GET", 429),
+        ("/fail", None, "GET", 500),
+        ("/sleep", None, "GET", 504),
+        ("/", host(b"evil.example"), "GET", 421),
+        ("/", announced("5000"), "POST", 413),
         ("/", origin(b"https://evil.example", ASKS), "OPTIONS", 403),
     ],
-)  # fmt: skip
+)
 def test_every_answer_has_the_headers_of_safety(path: str, headers: Any, method: str, status: int) -> None:
     found = call(around(), path, headers, method, [b"x" * 5000] if method == "POST" else None)
     assert found.status == status
@@ -601,17 +683,23 @@ def test_a_body_in_chunks_of_one_byte_is_read(port: int) -> None:
     "data",
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)),
-        b"\x00\x01\x02\xff" * 100, b"hello\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / FTP/1.1\r\n\r\n",
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\nHost localhost\r\n\r\n", b"GET / HTTP/1.1\r\n: x\r\n\r\n",
+        b"\x00\x01\x02\xff" * 100,
+        b"hello\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / FTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\n: x\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999999\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example\r\n\r\n",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_http_is_told_so(port: int, data: bytes) -> None:
     begin = time.monotonic()
     assert_is_refusal(say(port, data), 400)
