@@ -490,7 +490,7 @@ def test_many_short_messages_are_answered_soon(port: int) -> None:
     turns = [user("a"), {"role": "assistant", "content": "b"}] * 2000
     begin = time.monotonic()
     refused(ask(port, CHAT, {**GOOD_CHAT, "messages": [*turns, user("a")]}))
-    assert time.monotonic() - begin < SECONDS / 2
+    assert time.monotonic() - begin < SECONDS
 
 
 # Wrong JSON
