@@ -62,7 +62,8 @@ def _exchange(question: Any, answer: Any) -> Messages:
 def _from_sharegpt(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         raise UserError(f'{where}: a ShareGPT turn needs "from" and "value"')
-    return {"role": _SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"]}
+    role = turn["from"]
+    return {"role": _SHAREGPT.get(role, role) if isinstance(role, str) else role, "content": turn["value"]}
 
 
 def _list(value: Any, where: str) -> list[Any]:
@@ -74,7 +75,7 @@ def _list(value: Any, where: str) -> list[Any]:
 def _check_message(message: Any, where: str) -> None:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise UserError(f'{where}: a message needs "role" and "content"')
-    if message["role"] not in ROLES:
+    if not isinstance(message["role"], str) or message["role"] not in ROLES:
         raise UserError(f"{where}: unknown role {message['role']!r}", f"known: {', '.join(sorted(ROLES))}")
     if not isinstance(message["content"], str):
         raise UserError(f"{where}: content is not text")

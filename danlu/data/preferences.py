@@ -6,6 +6,8 @@
 The prompt ends with what is answered; the rest is the assistant's turn. trl reads both forms as they are.
 """
 
+import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -58,15 +60,29 @@ def _check_answer(messages: Messages, where: str) -> None:
 def append_preference(path: Path, row: dict[str, Any]) -> None:
     """Writes one checked row behind the others, whole or not at all. Raises UserError."""
     check_preference(row, "the preference")
-    data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    try:
+        data = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (ValueError, TypeError, RecursionError) as error:  # NaN, half a surrogate pair, no JSON at all
+        raise UserError(f"the preference can't be written: {error}", "mend the row") from None
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            begin = file.tell()
+        with path.open("a+b", buffering=0) as file:
+            begin = file.seek(0, os.SEEK_END)
+            if _ends_inside_a_line(file):
+                data = b"\n" + data  # a kill or a hand has left it so
             try:
-                file.write(data)
-                file.flush()
+                while data:
+                    data = data[file.write(data) :]
                 os.fsync(file.fileno())
             except OSError:
-                file.truncate(begin)
+                with contextlib.suppress(OSError):  # of a device there is nothing to take back
+                    file.truncate(begin)
                 raise
+
+
+def _ends_inside_a_line(file: io.FileIO) -> bool:
+    """The file stands at its end, and does so behind."""
+    if file.tell() == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"

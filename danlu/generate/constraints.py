@@ -27,7 +27,7 @@ class Matcher:
     def __init__(self, tokenizer: Tokenizer, grammar: str) -> None:
         """Raises UserError where no token of the vocabulary can begin an answer."""
         self._size = tokenizer.vocab_size
-        self._matcher = _library().LLMatcher(_vocabulary(tokenizer), grammar, log_level=0)
+        self._matcher = prepare(tokenizer, grammar).deep_copy()
         self._bits()
 
     def allowed(self, size: int, stop_ids: Sequence[int]) -> Tensor:
@@ -44,6 +44,8 @@ class Matcher:
     def accept(self, token: int) -> None:
         """Goes on by a token, which `allowed` must have named. A stop token is none of the answer's."""
         if not self._matcher.consume_token(token):
+            if "satisfy the grammar" not in self._matcher.get_error():  # but the limits of the library
+                raise UserError("the schema or regex has too many ways to go on", "simplify it")
             raise ValueError(f"the constraint does not allow the token {token} here")
 
     def rewind(self, n: int) -> None:
@@ -66,11 +68,17 @@ class Matcher:
         return np.unpackbits(raw, bitorder="little")
 
 
+@lru_cache(maxsize=64)
+def prepare(tokenizer: Tokenizer, grammar: str) -> Any:
+    """A matcher at the beginning, of which each answer gets a copy: a large grammar takes seconds."""
+    return _library().LLMatcher(_vocabulary(tokenizer), grammar, log_level=0)
+
+
 def compile_schema(schema: str) -> str:
     """The grammar of a JSON schema, given as text. Raises UserError for one that can't be followed."""
     try:
         values = json.loads(schema)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the schema is not JSON: {error}", "give a JSON schema") from None
     if not isinstance(values, dict):
         raise UserError("the schema is not an object", "give a JSON schema, as {...}")

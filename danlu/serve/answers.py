@@ -40,6 +40,11 @@ class Kitchen:
     pending: int = 0
     ending: bool = False
 
+    def count(self, n: int) -> None:
+        """So many more are unfinished."""
+        self.pending += n
+        self.metrics.pending.set(self.pending)
+
     def admit(self, n: int) -> None:
         """Raises HttpError where too much is unfinished."""
         if self.ending:
@@ -90,7 +95,7 @@ class Batch:
 
     async def __aenter__(self) -> "Batch":
         self.kitchen.admit(len(self.choices))
-        self._count(len(self.choices))
+        self.kitchen.count(len(self.choices))
         engine = self.served.engine
         for choice in self.choices:
             ticket = Ticket(engine, self._updates)
@@ -109,13 +114,9 @@ class Batch:
                 self.kitchen.worker.cancel(ticket)
                 self._end(choice, "cancelled")
 
-    def _count(self, n: int) -> None:
-        self.kitchen.pending += n
-        self.kitchen.metrics.pending.set(self.kitchen.pending)
-
     def _end(self, choice: Choice, reason: str) -> None:
         choice.done = True
-        self._count(-1)
+        self.kitchen.count(-1)
         metrics = self.kitchen.metrics
         metrics.answers.labels(reason).inc()
         metrics.prompt_tokens.inc(len(choice.order.ids))
@@ -158,7 +159,7 @@ async def run_program(kitchen: Kitchen, served: Served, program: Callable[[Any],
     """What a program of the engine returns."""
     kitchen.admit(1)
     ticket = Ticket(served.engine)
-    kitchen.pending += 1
+    kitchen.count(1)
     kitchen.worker.run(ticket, program)
     try:
         while True:
@@ -168,7 +169,7 @@ async def run_program(kitchen: Kitchen, served: Served, program: Callable[[Any],
             if update.done:
                 return ticket.result
     finally:
-        kitchen.pending -= 1
+        kitchen.count(-1)
         kitchen.worker.cancel(ticket)
 
 

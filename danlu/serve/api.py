@@ -11,7 +11,7 @@ import anyio
 import numpy as np
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -28,6 +28,9 @@ from danlu.tokens.tools import tool_format, with_tools
 from danlu.web.errors import HttpError
 
 R = TypeVar("R", bound=BaseModel)
+
+MOST_FAULTS = 1000
+"""Of one request that are looked at: pydantic makes a report of each."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ async def _tokenize(asked: schema.TokenizeRequest, kitchen: Kitchen, _: Request)
     served = kitchen.catalogue.find(asked.model)
     tokenizer = served.tokenizer
 
-    def tokenise() -> list[int]:
+    def find_ids() -> list[int]:
         if asked.prompt is not None:
             return (
                 served.engine.prompt_ids(asked.prompt)
@@ -147,13 +150,14 @@ async def _tokenize(asked: schema.TokenizeRequest, kitchen: Kitchen, _: Request)
         prepared = with_tools(messages, tools, form) if form else messages
         return render_prompt(prepared, tokenizer, tools if form and form.native else None)
 
-    ids = await _in_thread(tokenise)
-    return schema.TokenizeResponse(
-        count=len(ids),
-        max_model_len=served.context,
-        tokens=ids,
-        token_strs=[token_text(tokenizer, token) for token in ids] if asked.return_token_strs else None,
-    )
+    def tokenise() -> schema.TokenizeResponse:
+        ids = find_ids()
+        texts = [token_text(tokenizer, token) for token in ids] if asked.return_token_strs else None
+        return schema.TokenizeResponse(
+            count=len(ids), max_model_len=served.context, tokens=ids, token_strs=texts
+        )
+
+    return await _in_thread(tokenise)
 
 
 async def _detokenize(
@@ -203,7 +207,7 @@ def _handler(row: Endpoint, kitchen: Kitchen) -> Callable[[Request], Awaitable[R
             found = await row.answer(asked, kitchen, http)
         except UserError as error:
             raise user_error(error) from None
-        except ClientGone:
+        except (ClientGone, ClientDisconnect):
             return Response(status_code=499)  # nobody reads it
         return found if isinstance(found, Response) else _json(found)
 
@@ -224,7 +228,9 @@ async def _read(cls: type[R], http: Request) -> R:
 
 
 def _invalid(error: ValidationError, cls: type[BaseModel]) -> HttpError:
-    """The first faults, each with its place."""
+    """The first faults, each with its place, unless there are too many to be listed by anybody."""
+    if error.error_count() > MOST_FAULTS:
+        return HttpError(400, f"this is no request: {error.error_count():,} faults")
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     told = []
     for fault in faults[:5]:
@@ -235,7 +241,7 @@ def _invalid(error: ValidationError, cls: type[BaseModel]) -> HttpError:
             message = "is not known here" + (nearest(place, known) if known else "")
         told.append(f"{place}: {message}" if place else message)
     first = faults[0]["loc"]
-    return HttpError(400, "; ".join(told)[:2000], param=str(first[0]) if first else None)
+    return HttpError(400, "; ".join(told)[:2000], param=str(first[0])[:100] if first else None)
 
 
 def _json(found: BaseModel, status: int = 200) -> Response:

@@ -69,14 +69,14 @@ def make_app(config: ServeConfig, catalogue: Catalogue, keys: tuple[str, ...] = 
         origins=config.allow_origin,
         open_paths=OPEN_PATHS,
     )
-    return App(guard, kitchen)
+    return App(guard, kitchen, {row.path for row in endpoints} | {"/", "/openapi.json", "/metrics"})
 
 
 class App:
     """The whole, with requests counted by path and status; paths that aren't ours are one."""
 
-    def __init__(self, app: ASGIApp, kitchen: Kitchen) -> None:
-        self.app, self.kitchen = app, kitchen
+    def __init__(self, app: ASGIApp, kitchen: Kitchen, paths: set[str]) -> None:
+        self.app, self.kitchen, self.paths = app, kitchen, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = "none"
@@ -91,13 +91,7 @@ class App:
             await self.app(scope, receive, watched)
         finally:
             if scope["type"] == "http":
-                path = scope["path"]
-                known = path.startswith(("/v1/", "/page/")) and status not in ("404", "405")
-                named = (
-                    path
-                    if known or path in ("/", "/health", "/metrics", "/tokenize", "/detokenize")
-                    else "other"
-                )
+                named = scope["path"] if scope["path"] in self.paths else "other"
                 self.kitchen.metrics.requests.labels(named, status).inc()
 
 

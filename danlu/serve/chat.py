@@ -57,7 +57,9 @@ def understand(request: schema.ChatRequest, served: Served, kitchen: Kitchen) ->
     each = params.sampling(request, served, max_tokens, logprobs, request.n or 1)
     if forced:
         assert form is not None
-        each = [replace(own, schema=call_schema(tools, form)) for own in each]
+        called = replace(each[0], schema=params.bounded(call_schema(tools, form)))
+        params.prepare(called, served)
+        each = [replace(called, seed=own.seed) for own in each]
     elif tools:
         each = [replace(own, shows_special=True) for own in each]
     return Asked(request, served, [Order(ids, own) for own in each], form if tools else None, forced)

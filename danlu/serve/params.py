@@ -6,11 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from danlu.core.errors import UserError
+from danlu.generate import constraints
 from danlu.generate.sampling import SamplingParams
 from danlu.serve import schema
 from danlu.serve.served import Served
 from danlu.tokens.tools import ToolFormat
 from danlu.web.errors import HttpError
+
+MOST_SCHEMA = 100_000
+"""Characters; the time goes with the square of a schema's parts."""
 
 
 def sampling(
@@ -38,11 +42,29 @@ def sampling(
     }
     given = {name: value for name, value in values.items() if value is not None}
     params = SamplingParams(**{"temperature": 1.0, **given})
+    prepare(params, served)
     return [replace(params, seed=seed + number) for number in range(n_choices)]
+
+
+def prepare(params: SamplingParams, served: Served) -> None:
+    """Does what a schema or regex takes here: all wait for the thread that would do it otherwise."""
+    if params.grammar is not None:
+        constraints.prepare(served.tokenizer, params.grammar)
+
+
+def bounded(found: Any) -> Any:
+    """A schema as it is. Raises HttpError for one that would take too long."""
+    if len(found if isinstance(found, str) else json.dumps(found)) > MOST_SCHEMA:
+        raise HttpError(400, f"the schema has more than {MOST_SCHEMA:,} characters: make it smaller")
+    return found
 
 
 def _stop_ids(request: schema.Sampling, served: Served) -> tuple[int, ...]:
     own = () if request.ignore_eos else tuple(served.tokenizer.stop_ids)
+    size = served.engine.model.config.vocab_size
+    if wrong := [token for token in request.stop_token_ids or () if token >= size]:
+        told = f"stop_token_ids: {wrong[0]} is no token, 0 to {size - 1}"
+        raise HttpError(400, told, param="stop_token_ids")
     return (*own, *(request.stop_token_ids or ()))
 
 
@@ -50,7 +72,7 @@ def _biases(request: schema.Sampling, served: Served) -> tuple[tuple[int, float]
     found = []
     size = served.engine.model.config.vocab_size
     for name, bias in (request.logit_bias or {}).items():
-        if not (name.isascii() and name.isdigit() and int(name) < size):
+        if not (name.isascii() and name.isdigit() and len(name) < 20 and int(name) < size):
             told = f'logit_bias: "{name[:50]}" is no id of a token, 0 to {size - 1}'
             raise HttpError(400, told, param="logit_bias")
         found.append((int(name), float("-inf") if bias <= -100 else bias))
@@ -63,9 +85,9 @@ def _constraint(request: schema.Sampling) -> dict[str, Any]:
     if isinstance(form, schema.JsonFormat):
         return {"schema": {"type": "object"}}
     if isinstance(form, schema.SchemaFormat):
-        return {"schema": form.json_schema.schema_}
+        return {"schema": bounded(form.json_schema.schema_)}
     if request.guided_json is not None:
-        return {"schema": request.guided_json}
+        return {"schema": bounded(request.guided_json)}
     if request.guided_choice is not None:
         return {"regex": "|".join(_escaped(choice) for choice in request.guided_choice)}
     return {"regex": request.guided_regex}

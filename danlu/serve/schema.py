@@ -17,7 +17,9 @@ JsonObject = dict[str, JsonValue]
 class Request(BaseModel):
     """Base of what is asked."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Response(BaseModel):
@@ -78,7 +80,8 @@ class ToolMessage(Request):
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 LongText = Annotated[str, Field(min_length=1, max_length=2_000_000)]
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=2_000_000)]
+# The first wrong one of them is told: a complaint about each of a million would take the memory.
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=2_000_000, fail_fast=True)]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
 
@@ -279,7 +282,7 @@ class DetokenizeRequest(Request):
     """POST /detokenize"""
 
     model: str | None = Field(None, max_length=512)
-    tokens: list[Token] = Field(max_length=2_000_000)
+    tokens: list[Token] = Field(max_length=2_000_000, fail_fast=True)
 
 
 # Responses

@@ -175,7 +175,10 @@ def call_schema(tools: Tools, form: ToolFormat) -> dict[str, Any]:
         arguments = dict(tool["function"].get("parameters") or {"type": "object"})
         # What "$ref" points to is looked up from the whole schema's root.
         for key in ("$defs", "definitions"):
-            for name, part in arguments.pop(key, {}).items():
+            parts = arguments.pop(key, {})
+            if not isinstance(parts, dict):
+                raise UserError(f'the parameters of a tool: "{key}" is no object', "mend the schema")
+            for name, part in parts.items():
                 if shared.setdefault(key, {}).setdefault(name, part) != part:
                     raise UserError(f'two tools define "{name}" differently', "rename one of them")
         options.append(

@@ -18,7 +18,7 @@ PAGE_POLICY = (
 )
 """No script or style but our own files, and no request to anywhere else, whatever a text says."""
 
-_HEADERS = {
+HEADERS = {
     "content-security-policy": PAGE_POLICY,
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -27,7 +27,10 @@ _HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
+"""Of every answer."""
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
+_LINGER_SECONDS = 5.0
+"""That a body is still read for which the answer doesn't need."""
 
 
 @dataclass(frozen=True)
@@ -59,33 +62,43 @@ class Guard:
         open_paths: Sequence[str] = (),
     ) -> None:
         """`keys`: one of them must be sent, except for `open_paths` and what is below those that end in "/";
-        "/" itself opens nothing below it.
+        "/" itself is the page there, and opens nothing else.
 
         `hosts`: names beside localhost that this server answers to, "*" = any. `origins`: pages elsewhere
         whose scripts may ask, "*" = any.
         """
         self.app, self.limits, self.keys = app, limits, [key.encode() for key in keys]
-        self.hosts, self.origins, self.open_paths = {*hosts, *_LOCAL}, set(origins), open_paths
+        self.hosts = {*_LOCAL, *(host.lower() for host in hosts)}
+        self.origins, self.open_paths = set(origins), open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         exchange = _Exchange(scope, receive, send, self._origin(scope), self.limits)
+        limit = asyncio.timeout(self.limits.seconds)
         try:
-            async with asyncio.timeout(self.limits.seconds):
-                self._check(scope)
-                if self._is_preflight(scope):
-                    await exchange.answer_preflight()
-                else:
-                    await self.app(scope, exchange.receive, exchange.send)
-        except HttpError as error:
-            await exchange.refuse(error)
+            async with limit:
+                await self._answer(exchange, scope)
         except TimeoutError:
+            if not limit.expired():
+                raise
             seconds = f"{self.limits.seconds:g}"
             await exchange.refuse(HttpError(504, f"the request took more than {seconds} seconds"))
 
+    async def _answer(self, exchange: "_Exchange", scope: Scope) -> None:
+        try:
+            self._check(scope)
+            if self._is_preflight(scope):
+                await exchange.answer_preflight()
+            else:
+                await self.app(scope, exchange.receive, exchange.send)
+        except HttpError as error:
+            await exchange.refuse(error)
+
     def _check(self, scope: Scope) -> None:
+        if scope.get("crowded"):  # `server.py` counts connections
+            raise HttpError(503, "too many connections: try again soon", headers={"retry-after": "1"})
         headers = Headers(scope=scope)
         if not self._knows(headers.get("host", "")):
             raise HttpError(
@@ -133,46 +146,61 @@ class _Exchange:
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self.origin, self.limits = origin, limits
-        self.started = self.whole = False
+        self.started = self.whole = self.late = False
         self.n_bytes = 0
-        length = Headers(scope=scope).get("content-length", "")
-        self.announced = int(length) if length.isascii() and length.isdigit() else 0
+        self.deadline = asyncio.get_running_loop().time() + limits.body_seconds
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
+        self.announced = int(length[:20]) if length.isascii() and length.isdigit() else 0
+        self.has_body = self.announced > 0 or "transfer-encoding" in headers
+        self.waits = headers.get("expect", "").lower() == "100-continue"
+        """The client sends its body only once it is asked for."""
 
     async def receive(self) -> Message:
         if self.whole:
             return await self._receive()  # only that the client has gone
         if self.announced > self.limits.body_bytes:
-            await self._too_large()
+            raise self._too_large()
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                message = await self._receive()
+            async with asyncio.timeout_at(self.deadline):
+                message = await self._read()
         except TimeoutError:
+            self.late = True
             seconds = f"{self.limits.body_seconds:g}"
             raise HttpError(408, f"the body did not come within {seconds} seconds") from None
-        if message["type"] == "http.request":
-            self.n_bytes += len(message.get("body", b""))
-            self.whole = not message.get("more_body", False)
-            if self.n_bytes > self.limits.body_bytes:
-                await self._too_large()
+        if self.n_bytes > self.limits.body_bytes:
+            raise self._too_large()
         return message
 
-    async def _too_large(self) -> None:
-        """Reads on for a while, since a client that still sends would not see the answer."""
+    async def _read(self) -> Message:
+        self.waits = False
+        message = await self._receive()
+        self.n_bytes += len(message.get("body", b""))
+        self.whole = not message.get("more_body", False)
+        return message
+
+    def _too_large(self) -> HttpError:
+        told = f"the body is larger than {self.limits.body_bytes:,} bytes"
+        return HttpError(413, told, code="too_large")
+
+    async def _linger(self) -> None:
+        """Reads on for a while: a client that still sends would not see the answer."""
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(_LINGER_SECONDS):
                 while not self.whole and self.n_bytes < 16 * self.limits.body_bytes:
-                    message = await self._receive()
-                    self.n_bytes += len(message.get("body", b""))
-                    self.whole = not message.get("more_body", False)
+                    await self._read()
         except TimeoutError:
             pass  # it is told then, and cut off
-        raise HttpError(413, f"the body is larger than {self.limits.body_bytes:,} bytes", code="too_large")
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            if self.has_body and not self.whole and not self.late and not self.waits:
+                await self._linger()
             self.started = True
             headers = MutableHeaders(scope=message)
-            for name, value in _HEADERS.items():
+            if self.has_body and not self.whole:
+                headers["connection"] = "close"  # else it could go on sending for ever
+            for name, value in HEADERS.items():
                 headers.setdefault(name, value)
             if self.origin:
                 headers["access-control-allow-origin"] = self.origin
@@ -192,12 +220,14 @@ class _Exchange:
         await self.send({"type": "http.response.body"})
 
     async def refuse(self, error: HttpError) -> None:
-        """Says so where nothing has been said yet; else cuts the connection, so that it isn't waited for."""
-        if self.started:
-            abort: Any = self._scope.get("abort")
-            if abort is not None:
-                abort()
-            return
-        if not self.whole:
-            error.headers["connection"] = "close"
-        await error.response()(self._scope, self._receive, self.send)
+        """Says so where nothing has been said yet; else, or where nobody listens, cuts the connection."""
+        if not self.started:
+            try:
+                async with asyncio.timeout(2 * _LINGER_SECONDS):
+                    await error.response()(self._scope, self._receive, self.send)
+                return
+            except TimeoutError:
+                pass
+        abort: Any = self._scope.get("abort")
+        if abort is not None:
+            abort()

@@ -4,6 +4,7 @@ Three walls: the renderer escapes all HTML in the text, a sanitiser lets only a 
 the page's policy (`guard.py`) runs no script but our own files.
 """
 
+import re
 from functools import lru_cache
 from html import escape
 from typing import Any
@@ -13,7 +14,6 @@ from markdown_it import MarkdownIt
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
-from pygments.util import ClassNotFound
 
 _ELEMENTS = {
     *("p", "br", "hr", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol", "li"),
@@ -27,8 +27,18 @@ _ATTRIBUTES = {
     "pre": {"class", "tabindex"},
     "div": {"class", "data-language"},
 }
-MOST_HIGHLIGHTED = 20_000
-"""Characters of one piece of code; a longer one stays plain."""
+MOST_HIGHLIGHTED = 5_000
+"""Characters of code in one text; what is beyond stays plain."""
+LANGUAGES = {
+    *("bash", "c", "c++", "cpp", "css", "diff", "go", "html", "ini", "javascript", "js", "json", "kotlin"),
+    *("lua", "make", "py", "python", "r", "ruby", "rust", "sh", "shell", "sql", "swift", "toml", "ts"),
+    *("typescript", "xml", "yaml"),
+}
+"""Those of pygments' languages that are tested against texts made to take for ever: a regular expression
+that goes astray holds up the whole process.
+"""
+_ENDLESS = re.compile(r"\s{100}|[^\n]{1000}")
+"""What no code has, and what most regular expressions go astray in: some take the square of its length."""
 
 
 def render(text: str) -> str:
@@ -45,7 +55,7 @@ def render(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _renderer() -> MarkdownIt:
-    found = MarkdownIt("commonmark", {"html": False, "highlight": _highlight, "breaks": True})
+    found = MarkdownIt("commonmark", {"html": False, "breaks": True})
     found.enable(["table", "strikethrough"])
     found.add_render_rule("image", _image)
     found.add_render_rule("fence", _fence)
@@ -62,17 +72,15 @@ def _image(_: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
 def _fence(_: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
     token = tokens[index]
     language = token.info.split()[0] if token.info.strip() else ""
-    code = _highlight(token.content, language, "")
+    env["highlighted"] = env.get("highlighted", 0) + len(token.content)
+    is_short = env["highlighted"] <= MOST_HIGHLIGHTED
+    code = _highlight(token.content, language) if is_short else escape(token.content)
     # It can have the focus, so that it can be scrolled by keyboard.
     inside = f'<pre tabindex="0"><code>{code}</code></pre>'
     return f'<div class="code" data-language="{escape(language)}">{inside}</div>\n'
 
 
-def _highlight(code: str, language: str, _: str) -> str:
-    if not language or len(code) > MOST_HIGHLIGHTED:
+def _highlight(code: str, language: str) -> str:
+    if language.lower() not in LANGUAGES or _ENDLESS.search(code):
         return escape(code)
-    try:
-        lexer = get_lexer_by_name(language, stripnl=False)
-    except ClassNotFound:
-        return escape(code)
-    return highlight(code, lexer, HtmlFormatter(nowrap=True))
+    return highlight(code, get_lexer_by_name(language, stripnl=False), HtmlFormatter(nowrap=True))
