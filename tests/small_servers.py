@@ -89,11 +89,11 @@ def connected(port: int, seconds: float = 30, receives: int = 0) -> Iterator[soc
 
 def read_to_end(connection: socket.socket) -> bytes:
     """All that comes until the server closes. Raises TimeoutError where it doesn't."""
-    found = b""
+    found = bytearray()
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
         while data := connection.recv(2**16):
             found += data
-    return found
+    return bytes(found)
 
 
 def say(port: int, data: bytes, seconds: float = 30) -> bytes:
