@@ -224,7 +224,7 @@ def test_a_row_takes_back_what_it_went_on_by(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf},
+        {"max_tokens": -1}, {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf},
         {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 1.5}, {"typical_p": 0.0},
         {"epsilon_cutoff": 1.0}, {"eta_cutoff": -0.1}, {"mirostat_tau": -1.0}, {"repetition_penalty": 0.0},
         {"presence_penalty": math.nan}, {"no_repeat_ngram": -1}, {"min_tokens": 201}, {"logprobs": -1},
