@@ -38,7 +38,9 @@ class ServeConfig(Config):
         True, description="an answer is the same whatever else is asked meanwhile; a processor's, no adapters"
     )
     cache_gb: float = Field(
-        0, ge=0, description="of keys and values, for each model; 0 = 1 or what 4 contexts take, on a GPU a quarter"
+        0,
+        ge=0,
+        description="of keys and values, for each model; 0 = 1 or what 4 contexts take, on a GPU a quarter",
     )
     max_tokens: int = Field(
         0, ge=0, description="longest answer of a chat that names none; 0 = what the context leaves"
