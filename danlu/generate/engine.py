@@ -38,6 +38,10 @@ MOST_SEQUENCES = 64
 """At full length; a cache is no larger."""
 
 
+class PromptTooLong(UserError):
+    """It doesn't fit the model's context."""
+
+
 @dataclass
 class Completion:
     """One answer. `logprobs`: of each of `ids`, from the model's own distribution, before any warping."""
@@ -337,7 +341,7 @@ class Engine:
         if not ids:
             raise UserError("the prompt is empty", "give at least one token")
         if len(ids) + room > config.max_positions:
-            raise UserError(
+            raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens, the model's context {config.max_positions}",
                 "shorten the prompt",
             )

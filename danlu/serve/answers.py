@@ -2,6 +2,7 @@
 
 import asyncio
 import codecs
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from danlu.core.errors import UserError
-from danlu.generate.engine import Completion
+from danlu.generate.engine import Completion, PromptTooLong
 from danlu.generate.sampling import SamplingParams
+from danlu.serve import schema
 from danlu.serve.metrics import Metrics
 from danlu.serve.served import Catalogue, Served
 from danlu.serve.worker import Failed, Ticket, Update, Worker
@@ -49,6 +51,8 @@ class Kitchen:
         """Raises HttpError where too much is unfinished."""
         if self.ending:
             raise HttpError(503, "the server is ending", headers={"retry-after": "30"})
+        if not self.worker.alive:
+            raise HttpError(503, "the server's engine has failed: it must be started again")
         if n > self.most_pending:
             raise HttpError(400, f"{n} answers at once, and at most {self.most_pending} are given")
         if self.pending + n > self.most_pending:
@@ -154,6 +158,17 @@ class Batch:
             pass
         return self.choices
 
+    def usage(self, n_prompts: int = 1) -> schema.Usage:
+        """Where the choices are those of `n_prompts` prompts, in their order: each prompt counts once."""
+        per_prompt = len(self.choices) // n_prompts
+        prompts = sum(len(choice.order.ids) for choice in self.choices[::per_prompt])
+        answers = sum(choice.n_tokens for choice in self.choices)
+        return schema.Usage(prompt_tokens=prompts, completion_tokens=answers, total_tokens=prompts + answers)
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
+
 
 async def run_program(kitchen: Kitchen, served: Served, program: Callable[[Any], Any]) -> Any:
     """What a program of the engine returns."""
@@ -182,8 +197,8 @@ def _as_http(error: Exception) -> HttpError:
 def user_error(error: UserError) -> HttpError:
     """A fault of the request that the engine or a renderer found."""
     told = f"{error.message}: {error.remedy}" if error.remedy else error.message
-    is_long = "context" in error.message
-    return HttpError(400, told, code="context_length_exceeded" if is_long else None)
+    too_long = isinstance(error, PromptTooLong)
+    return HttpError(400, told, code="context_length_exceeded" if too_long else None)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:

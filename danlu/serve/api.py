@@ -23,8 +23,6 @@ from danlu.serve import chat, completions, params, schema
 from danlu.serve.answers import ClientGone, Kitchen, run_program, token_text, unless_gone, user_error
 from danlu.serve.served import Served
 from danlu.serve.streams import EventStream
-from danlu.tokens.chat import render_prompt
-from danlu.tokens.tools import tool_format, with_tools
 from danlu.web.errors import HttpError
 
 R = TypeVar("R", bound=BaseModel)
@@ -144,11 +142,8 @@ async def _tokenize(asked: schema.TokenizeRequest, kitchen: Kitchen, _: Request)
                 if asked.add_special_tokens
                 else tokenizer.encode(asked.prompt)
             )
-        messages = params.plain_messages(asked.messages or [])
-        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or []]
-        form = tool_format(tokenizer) if tools else None
-        prepared = with_tools(messages, tools, form) if form else messages
-        return render_prompt(prepared, tokenizer, tools if form and form.native else None)
+        ids, _ = params.render(asked.messages or [], params.plain_tools(asked.tools or []), tokenizer)
+        return ids
 
     def tokenise() -> schema.TokenizeResponse:
         ids = find_ids()

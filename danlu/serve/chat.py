@@ -1,18 +1,16 @@
 """POST /v1/chat/completions."""
 
 import json
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from danlu.serve import params, schema
-from danlu.serve.answers import Batch, Choice, Kitchen, Order, token_text
+from danlu.serve.answers import Batch, Choice, Kitchen, Order, new_id, token_text
 from danlu.serve.served import Served
-from danlu.tokens.chat import render_prompt
 from danlu.tokens.tokenizer import Tokenizer
-from danlu.tokens.tools import Call, ToolFormat, call_schema, read_calls, tool_format, with_tools
+from danlu.tokens.tools import Call, ToolFormat, call_schema, read_calls
 
 
 @dataclass(frozen=True)
@@ -35,18 +33,9 @@ class Asked:
 
 def understand(request: schema.ChatRequest, served: Served, kitchen: Kitchen) -> Asked:
     """Renders and tokenises. Raises UserError, HttpError."""
-    tools = params.offered_tools(request)
-    form = tool_format(served.tokenizer) if request.tools else None
-    messages = params.plain_messages(request.messages)
-    calls_before = any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
-    if form is None and calls_before:
-        form = tool_format(served.tokenizer)
-    ids = render_prompt(
-        with_tools(messages, tools, form) if form else messages,
-        served.tokenizer,
-        tools if form and form.native else None,
-    )
-    forced = form is not None and bool(tools) and request.tool_choice not in (None, "auto", "none")
+    tools = params.plain_tools(params.offered_tools(request))
+    ids, form = params.render(request.messages, tools, served.tokenizer)
+    forced = bool(tools) and request.tool_choice not in (None, "auto")
     if forced:
         assert form is not None
         params.refuse_constraint(request, form)
@@ -81,11 +70,11 @@ async def whole(asked: Asked, batch: Batch) -> schema.ChatResponse:
     async with batch:
         choices = [_choice(number, choice, asked) for number, choice in enumerate(await batch.whole())]
     return schema.ChatResponse(
-        id=_new_id("chatcmpl"),
+        id=new_id("chatcmpl"),
         created=int(time.time()),
         model=asked.served.name,
         choices=choices,
-        usage=usage(batch),
+        usage=batch.usage(),
     )
 
 
@@ -94,7 +83,7 @@ def _choice(number: int, choice: Choice, asked: Asked) -> schema.ChatChoice:
     message = schema.AnswerMessage(content=None if calls and not text.strip() else text)
     if calls:
         message.tool_calls = [
-            schema.AnswerToolCall(id=_new_id("call"), function=_function(call)) for call in calls
+            schema.AnswerToolCall(id=new_id("call"), function=_function(call)) for call in calls
         ]
     return schema.ChatChoice(
         index=number,
@@ -152,7 +141,7 @@ def _top(tokenizer: Tokenizer, token: int, logprob: float) -> schema.TopLogprob:
 async def pieces(asked: Asked, batch: Batch) -> AsyncGenerator[schema.ChatChunk, None]:
     """The same as chunks. Text that may be a call is kept back until it is known."""
     base: dict[str, Any] = {
-        "id": _new_id("chatcmpl"),
+        "id": new_id("chatcmpl"),
         "created": int(time.time()),
         "model": asked.served.name,
     }
@@ -168,8 +157,9 @@ async def pieces(asked: Asked, batch: Batch) -> AsyncGenerator[schema.ChatChunk,
             if not own.begun:
                 own.begun = True
                 yield chunk(number, schema.Delta(role="assistant", content=""))
-            said, calls, finish = _read(choice, asked)
-            if not update.done:
+            if update.done:
+                said, calls, finish = _read(choice, asked)
+            else:
                 said = "" if asked.forced else choice.text[: _certain(choice.text, asked.form)]
             logprobs = _logprobs(choice, asked, own.n_tokens, update.n_tokens)
             own.n_tokens = update.n_tokens
@@ -180,11 +170,11 @@ async def pieces(asked: Asked, batch: Batch) -> AsyncGenerator[schema.ChatChunk,
                 yield chunk(number, schema.Delta(content=""), logprobs=logprobs)
             if update.done:
                 for index, call in enumerate(calls):
-                    told = schema.DeltaToolCall(index=index, id=_new_id("call"), function=_function(call))
+                    told = schema.DeltaToolCall(index=index, id=new_id("call"), function=_function(call))
                     yield chunk(number, schema.Delta(tool_calls=[told]))
                 yield chunk(number, schema.Delta(), finish_reason=finish)
     if options and options.include_usage:
-        yield schema.ChatChunk(**base, choices=[], usage=usage(batch))
+        yield schema.ChatChunk(**base, choices=[], usage=batch.usage())
 
 
 @dataclass
@@ -210,15 +200,3 @@ def _certain(text: str, form: ToolFormat | None) -> int:
             text = text[:-length]
             break
     return len(text.rstrip())
-
-
-def usage(batch: Batch, n_prompts: int = 1) -> schema.Usage:
-    """Of a batch whose choices are those of `n_prompts` prompts, in their order."""
-    per_prompt = len(batch.choices) // n_prompts
-    prompts = sum(len(choice.order.ids) for choice in batch.choices[::per_prompt])
-    answers = sum(choice.n_tokens for choice in batch.choices)
-    return schema.Usage(prompt_tokens=prompts, completion_tokens=answers, total_tokens=prompts + answers)
-
-
-def _new_id(kind: str) -> str:
-    return f"{kind}-{secrets.token_hex(12)}"

@@ -1,14 +1,12 @@
 """POST /v1/completions: a text goes on."""
 
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from danlu.serve import params, schema
-from danlu.serve.answers import Batch, Choice, Kitchen, Order, offsets, token_text
-from danlu.serve.chat import usage
+from danlu.serve.answers import Batch, Choice, Kitchen, Order, new_id, offsets, token_text
 from danlu.serve.served import Served
 
 DEFAULT_TOKENS = 16
@@ -69,7 +67,7 @@ async def whole(asked: Asked, batch: Batch) -> schema.CompletionResponse:
         choices = await batch.whole()
     kept = _best(choices, asked)
     return schema.CompletionResponse(
-        id=_new_id(),
+        id=new_id("cmpl"),
         created=int(time.time()),
         model=asked.served.name,
         choices=[
@@ -81,7 +79,7 @@ async def whole(asked: Asked, batch: Batch) -> schema.CompletionResponse:
             )
             for place, number in enumerate(kept)
         ],
-        usage=usage(batch, len(choices) // asked.n_drawn),
+        usage=batch.usage(len(choices) // asked.n_drawn),
     )
 
 
@@ -143,7 +141,7 @@ def _logprobs(
 
 
 async def pieces(asked: Asked, batch: Batch) -> AsyncGenerator[schema.CompletionResponse, None]:
-    base: dict[str, Any] = {"id": _new_id(), "created": int(time.time()), "model": asked.served.name}
+    base: dict[str, Any] = {"id": new_id("cmpl"), "created": int(time.time()), "model": asked.served.name}
     options = asked.request.stream_options
     progress = [_Progress(echo) for echo in asked.echoes]
     async with batch:
@@ -162,9 +160,5 @@ async def pieces(asked: Asked, batch: Batch) -> AsyncGenerator[schema.Completion
             )
     if options and options.include_usage:
         yield schema.CompletionResponse(
-            **base, choices=[], usage=usage(batch, len(batch.choices) // asked.n_drawn)
+            **base, choices=[], usage=batch.usage(len(batch.choices) // asked.n_drawn)
         )
-
-
-def _new_id() -> str:
-    return f"cmpl-{secrets.token_hex(12)}"

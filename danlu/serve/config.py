@@ -1,11 +1,13 @@
 """Config of `danlu serve`. Imports nothing heavy."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from danlu.core.config import Config
+from danlu.core.errors import UserError
 
 
 class ServeConfig(Config):
@@ -55,3 +57,24 @@ class ServeConfig(Config):
     engine: Literal["danlu", "vllm"] = Field(
         "danlu", description="vllm starts vLLM on the same model, with the same names"
     )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What clients may send. Raises UserError for a key that no header can carry."""
+        keys = self.api_key or tuple(filter(None, [os.environ.get("DANLU_API_KEY")]))
+        if any(not key.strip() or not key.isascii() for key in keys):
+            raise UserError("an API key is empty, or not ASCII", "choose another")
+        return keys
+
+
+def split_name(ref: str) -> tuple[str, str]:
+    """NAME=PATH, or a path that says the name: of a stage folder "run/stage"."""
+    name, equals, path = ref.partition("=")
+    if equals and name and "/" not in name:
+        return name, path
+    parts = [
+        part
+        for part in Path(ref.removesuffix(".gguf")).parts
+        if part not in ("/", ".", "..", "runs", "models")
+    ]
+    return "/".join(parts[-2:]) or ref, ref

@@ -10,7 +10,9 @@ from danlu.generate import constraints
 from danlu.generate.sampling import SamplingParams
 from danlu.serve import schema
 from danlu.serve.served import Served
-from danlu.tokens.tools import ToolFormat
+from danlu.tokens.chat import render_prompt
+from danlu.tokens.tokenizer import Tokenizer
+from danlu.tokens.tools import ToolFormat, tool_format, with_tools
 from danlu.web.errors import HttpError
 
 MOST_SCHEMA = 100_000
@@ -159,24 +161,45 @@ def _call(call: schema.ToolCall, where: str) -> dict[str, Any]:
     }
 
 
-def offered_tools(request: schema.ChatRequest) -> list[dict[str, Any]]:
-    """The tools that the model may call now, as templates take them."""
+def offered_tools(request: schema.ChatRequest) -> list[schema.Tool]:
+    """The tools that the model may call now."""
     if not request.tools or request.tool_choice == "none":
         return []
     chosen = request.tool_choice
-    found = []
-    for tool in request.tools:
-        if isinstance(chosen, schema.NamedTool) and tool.function.name != chosen.function.name:
-            continue
-        function: dict[str, Any] = {
-            "name": tool.function.name,
-            "description": tool.function.description or "",
-        }
-        function["parameters"] = tool.function.parameters or {"type": "object", "properties": {}}
-        found.append({"type": "function", "function": function})
-    if not found and isinstance(chosen, schema.NamedTool):
+    if not isinstance(chosen, schema.NamedTool):
+        return request.tools
+    found = [tool for tool in request.tools if tool.function.name == chosen.function.name]
+    if not found:
         raise HttpError(400, f'tool_choice: there is no tool "{chosen.function.name}"', param="tool_choice")
     return found
+
+
+def plain_tools(tools: list[schema.Tool]) -> list[dict[str, Any]]:
+    """Tools as templates take them."""
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.function.name,
+                "description": tool.function.description or "",
+                "parameters": tool.function.parameters or {"type": "object", "properties": {}},
+            },
+        }
+        for tool in tools
+    ]
+
+
+def render(
+    messages: list[Any], tools: list[dict[str, Any]], tokenizer: Tokenizer
+) -> tuple[list[int], ToolFormat | None]:
+    """The prompt's tokens, and how calls are written in it: None where nothing is or was called."""
+    plain = plain_messages(messages)
+    calls = bool(tools) or any(message.get("tool_calls") or message["role"] == "tool" for message in plain)
+    form = tool_format(tokenizer) if calls else None
+    if form is None:
+        return render_prompt(plain, tokenizer), None
+    native = tools if tools and form.native else None
+    return render_prompt(with_tools(plain, tools, form), tokenizer, native), form
 
 
 def refuse_constraint(request: schema.ChatRequest, form: ToolFormat) -> None:

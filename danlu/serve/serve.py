@@ -3,11 +3,9 @@
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -25,7 +23,7 @@ from danlu.model.checkpoint import base_digest, find_base, is_adapter, resolve
 from danlu.model.lora import use_adapter
 from danlu.model.transformer import Transformer
 from danlu.serve.app import App, make_app
-from danlu.serve.config import ServeConfig
+from danlu.serve.config import ServeConfig, split_name
 from danlu.serve.served import Catalogue, Served
 from danlu.web.server import Server, listen, make_server
 
@@ -38,7 +36,7 @@ def serve(config: ServeConfig) -> None:
         serve_by_vllm(config)
         return
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
-    keys = _keys(config)
+    keys = config.keys
     with contextlib.closing(listen(config.host, config.port)) as taken:
         catalogue = load(config)
         warm_up(catalogue)
@@ -64,27 +62,7 @@ async def _run(server: Server, app: App, taken: socket.socket) -> None:
         watching.cancel()
 
 
-def _keys(config: ServeConfig) -> tuple[str, ...]:
-    keys = config.api_key or tuple(filter(None, [os.environ.get("DANLU_API_KEY")]))
-    if any(not key.strip() or not key.isascii() for key in keys):
-        raise UserError("an API key is empty, or not ASCII", "choose another")
-    return keys
-
-
 # Models
-
-
-def split_name(ref: str) -> tuple[str, str]:
-    """NAME=PATH, or a path that says the name: of a stage folder "run/stage"."""
-    name, equals, path = ref.partition("=")
-    if equals and name and "/" not in name:
-        return name, path
-    parts = [
-        part
-        for part in Path(ref.removesuffix(".gguf")).parts
-        if part not in ("/", ".", "..", "runs", "models")
-    ]
-    return "/".join(parts[-2:]) or ref, ref
 
 
 def load(config: ServeConfig) -> Catalogue:

@@ -45,7 +45,7 @@ class EventStream(Response):
 
 
 def _json(chunk: BaseModel) -> str:
-    return chunk.model_dump_json(exclude_none=True) if chunk.model_fields_set else "{}"
+    return chunk.model_dump_json(exclude_none=True)
 
 
 def _event(data: str) -> dict[str, object]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from danlu.core.errors import UserError
 from danlu.model.checkpoint import resolve
-from danlu.serve.config import ServeConfig
+from danlu.serve.config import ServeConfig, split_name
 
 
 def serve_by_vllm(config: ServeConfig) -> None:
@@ -14,19 +14,12 @@ def serve_by_vllm(config: ServeConfig) -> None:
     program = shutil.which("vllm")
     if program is None:
         raise UserError("vLLM is not installed", "pip install vllm, on a machine with GPUs")
-    command = vllm_command(config, _keys(config))
+    command = vllm_command(config, config.keys)
     os.execv(program, command)
-
-
-def _keys(config: ServeConfig) -> Sequence[str]:
-    own = os.environ.get("DANLU_API_KEY")
-    return config.api_key or ([own] if own else [])
 
 
 def vllm_command(config: ServeConfig, keys: Sequence[str] = ()) -> list[str]:
     """vLLM's command line. Raises UserError for what vLLM serves otherwise, or not at all."""
-    from danlu.serve.serve import split_name
-
     if len(config.model) > 1:
         raise UserError("vLLM serves one model a process", "start it once for each, on ports of their own")
     if config.dtype in ("int8", "int4"):

@@ -109,13 +109,18 @@ class Worker:
     # The thread's side
 
     def _run(self) -> None:
-        while self._make_calls():
-            for engine in self.engines:
-                if not engine.scheduler.idle:
-                    self._step(engine)
-            self._tell()
-        for ticket in [*self._active]:
-            self._cancel(ticket)
+        try:
+            while self._make_calls():
+                for engine in self.engines:
+                    if not engine.scheduler.idle:
+                        self._step(engine)
+                self._tell()
+            for ticket in [*self._active]:
+                self._cancel(ticket)
+        except Exception as error:
+            # What an engine holds can't be known now: better none than a wrong answer.
+            log.critical("the thread that steps the engines has failed: start the server again")
+            self._send([(ticket, Update("", 0, done=True, error=_told(error))) for ticket in self._active])
 
     @property
     def alive(self) -> bool:

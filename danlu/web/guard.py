@@ -1,6 +1,7 @@
 """What stands before every request: who may ask, how much, how long; and what every answer carries."""
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 from collections.abc import Sequence
@@ -185,12 +186,10 @@ class _Exchange:
 
     async def _linger(self) -> None:
         """Reads on for a while: a client that still sends would not see the answer."""
-        try:
+        with contextlib.suppress(TimeoutError):  # it is told then, and cut off
             async with asyncio.timeout(_LINGER_SECONDS):
                 while not self.whole and self.n_bytes < 16 * self.limits.body_bytes:
                     await self._read()
-        except TimeoutError:
-            pass  # it is told then, and cut off
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -222,12 +221,10 @@ class _Exchange:
     async def refuse(self, error: HttpError) -> None:
         """Says so where nothing has been said yet; else, or where nobody listens, cuts the connection."""
         if not self.started:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2 * _LINGER_SECONDS):
                     await error.response()(self._scope, self._receive, self.send)
                 return
-            except TimeoutError:
-                pass
         abort: Any = self._scope.get("abort")
         if abort is not None:
             abort()

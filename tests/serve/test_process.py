@@ -23,7 +23,7 @@ from danlu.model.config import LoraConfig, ModelConfig
 from danlu.model.lora import add_adapter
 from danlu.model.transformer import Transformer
 from danlu.serve.config import ServeConfig
-from danlu.serve.serve import split_name
+from danlu.serve.config import split_name
 from danlu.serve.vllm import vllm_command
 from danlu.tokens.bpe import train_bpe
 
