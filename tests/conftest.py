@@ -2,10 +2,13 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -53,6 +56,22 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     seconds = time.monotonic() - started
     assert process.returncode == 0, (cwd / "stderr").read_text()[-5000:]
     return Quickstart(cwd, (cwd / "stdout").read_text(), seconds, peak)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A real one, for the pages."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        yield browser
+        browser.close()
 
 
 def peak_rss_bytes(process: int) -> int:

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from small_models import save_random_model
 from starlette.types import ASGIApp
 
-from danlu.model.checkpoint import save_model
-from danlu.model.config import ModelConfig
-from danlu.model.transformer import Transformer
 from danlu.serve.app import App, make_app
 from danlu.serve.config import ServeConfig
 from danlu.serve.serve import load, warm_up
@@ -117,16 +114,7 @@ def save_tiny_chat_model(folder: Path) -> None:
         "Fire 🔥 and glass 🧪!\n",
     ]
     tokenizer = train_bpe(texts * 4, 330)
-    torch.manual_seed(0)
-    sizes = ModelConfig(
-        vocab_size=tokenizer.vocab_size, width=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_width=64,
-        max_positions=CONTEXT, tied_embeddings=False,
-    )  # fmt: skip
-    model = Transformer(sizes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    save_model(model, folder, tokenizer)
+    save_random_model(folder, tokenizer, noise=0.2, max_positions=CONTEXT, tied_embeddings=False)
 
 
 def tiny_app(folder: Path, **options: Any) -> App:

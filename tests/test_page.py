@@ -1,7 +1,6 @@
 """The report in a real browser, without a network: nothing breaks, nothing sticks out, nothing is unnamed."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,22 +9,7 @@ from real_runs import Quickstart
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-CHROMIUM = shutil.which("chromium")
 NARROW, WIDE = 400, 1280
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[(mode, width) for mode in ("light", "dark") for width in (WIDE, NARROW)], ids=str)

@@ -14,13 +14,12 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from small_models import save_random_model
 
 from danlu.core.errors import UserError
 from danlu.evaluate.harness import EngineLM
 from danlu.generate.engine import Engine
-from danlu.model.checkpoint import load, save_model
-from danlu.model.config import ModelConfig
-from danlu.model.transformer import Transformer
+from danlu.model.checkpoint import load
 from danlu.tokens.bpe import train_bpe
 from danlu.tokens.chat import render_prompt
 
@@ -33,19 +32,10 @@ TOLERANCE = 1e-3
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, large enough that what stands before a token decides how likely it is."""
     tokenizer = train_bpe([TASK.read_text("utf-8")], 400)
-    torch.manual_seed(0)
-    sizes = ModelConfig(
-        vocab_size=400, width=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_width=64, max_positions=CONTEXT
+    return save_random_model(
+        tmp_path_factory.mktemp("random") / "model", tokenizer, noise=0.1, max_positions=CONTEXT
     )
-    model = Transformer(sizes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    folder = tmp_path_factory.mktemp("random") / "model"
-    save_model(model, folder, tokenizer)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
+from small_models import save_random_model
 from transformers import LlamaForCausalLM
 
 from danlu.generate.engine import Engine
-from danlu.model.checkpoint import load, save_model
-from danlu.model.config import ModelConfig
-from danlu.model.transformer import Transformer
+from danlu.model.checkpoint import load
 from danlu.tokens.bpe import train_bpe
 from danlu.tokens.tokenizer import Tokenizer
 
@@ -28,19 +26,13 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights large enough that a token's neighbours decide what comes next."""
-    torch.manual_seed(0)
-    sizes = ModelConfig(
-        vocab_size=tokenizer.vocab_size, width=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_width=64,
-        max_positions=CONTEXT, tied_embeddings=False,
-    )  # fmt: skip
-    model = Transformer(sizes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    folder = tmp_path_factory.mktemp("random") / "model"
-    save_model(model, folder, tokenizer)
-    return folder
+    return save_random_model(
+        tmp_path_factory.mktemp("random") / "model",
+        tokenizer,
+        noise=0.2,
+        max_positions=CONTEXT,
+        tied_embeddings=False,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -2,21 +2,15 @@
 
 import json
 import math
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import pytest
+from serving import serving
 
 from danlu.core.errors import UserError
 from danlu.data.conversations import check_messages, require_reply
@@ -25,8 +19,6 @@ from danlu.model.aliases import packaged
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium")
 PHONE = {"width": 360, "height": 740}
 DESKTOP = {"width": 1280, "height": 900}
 
@@ -83,47 +75,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         pytest.skip("smollm2 is not installed")
     folder = tmp_path_factory.mktemp("site")
     preferences = folder / "preferences.jsonl"
-    command = [sys.executable, "-m", "danlu.cli", "serve", "smollm2", "--port", "0"]
-    command += ["--preferences", str(preferences)]
-    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-        server = subprocess.Popen(
-            command, cwd=ROOT, stdout=out, stderr=err, env={**os.environ, "COLUMNS": "200"}
-        )
-    try:
-        url = _wait_for(server, folder)
-        with urlopen(f"{url}/health", timeout=30) as answer:
-            assert json.load(answer) == {"status": "ok"}
-        yield Site(url, preferences)
-    finally:
-        server.send_signal(signal.SIGTERM)
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-def _wait_for(server: "subprocess.Popen[bytes]", folder: Path) -> str:
-    """Where it answers, once it says so."""
-    until = time.monotonic() + 240
-    while time.monotonic() < until and server.poll() is None:
-        if found := re.search(r"http://localhost:(\d+)/\s", (folder / "out").read_text()):
-            return f"http://localhost:{found[1]}"
-        time.sleep(0.2)
-    raise AssertionError((folder / "err").read_text()[-3000:])
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
-        yield browser
-        browser.close()
+    with serving("smollm2", "--preferences", str(preferences), folder=folder) as server:
+        yield Site(server.url, preferences)
 
 
 @dataclass

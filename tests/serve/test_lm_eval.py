@@ -10,12 +10,11 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from serving import ROOT, Server, serving
+from small_models import save_random_model
 
 from danlu.evaluate.harness import EngineLM
 from danlu.generate.engine import Engine
-from danlu.model.checkpoint import load, save_model
-from danlu.model.config import ModelConfig
-from danlu.model.transformer import Transformer
+from danlu.model.checkpoint import load
 from danlu.tokens.bpe import train_bpe
 
 pytestmark = pytest.mark.slow
@@ -25,19 +24,8 @@ TASKS = ROOT / "recipes/tasks"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of some size: what stands before a token decides how likely it is."""
     tokenizer = train_bpe([(TASKS / "furnace.jsonl").read_text("utf-8")], 400)
-    torch.manual_seed(0)
-    sizes = ModelConfig(
-        vocab_size=400, width=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_width=64, max_positions=512
-    )
-    model = Transformer(sizes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    folder = tmp_path_factory.mktemp("random") / "model"
-    save_model(model, folder, tokenizer)
-    return folder
+    return save_random_model(tmp_path_factory.mktemp("random") / "model", tokenizer, noise=0.1)
 
 
 @pytest.fixture(scope="module")

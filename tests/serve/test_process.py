@@ -22,8 +22,7 @@ from danlu.model.checkpoint import save_adapted, save_model
 from danlu.model.config import LoraConfig, ModelConfig
 from danlu.model.lora import add_adapter
 from danlu.model.transformer import Transformer
-from danlu.serve.config import ServeConfig
-from danlu.serve.config import split_name
+from danlu.serve.config import ServeConfig, split_name
 from danlu.serve.vllm import vllm_command
 from danlu.tokens.bpe import train_bpe
 

@@ -1,7 +1,6 @@
 """/tokenize shows the tokens that a chat of the same messages and tools is made of."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
