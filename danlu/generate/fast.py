@@ -7,6 +7,7 @@ bound by arithmetic: its products run in oneDNN, on weights packed in the order 
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,7 +157,9 @@ class FastRunner(Runner):
         self.cache.copy(copies)
         step = Step(self.cache, pieces, self.exact)
         ids = torch.tensor([token for piece in pieces for token in piece.tokens])
-        x = self.model.embedding(ids).float() * self.model.config.embedding_scale
+        x = torch.embedding(self.model.embedding.weight, ids).float()
+        if (scale := self.model.config.embedding_scale) != 1:
+            x = x * scale
         few = self.exact or len(ids) <= self.few
         x = self._few(x, step) if few else self._many(x, step)
         return x if len(wanted) == len(x) else x[torch.tensor(wanted, dtype=torch.long)]
@@ -166,8 +169,12 @@ class FastRunner(Runner):
             dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
             return multiply(hidden.to(dtype), self.products[-1][0]).float()
         found = np.empty((len(hidden), self.model.config.vocab_size), np.float32)
-        product(*self.output.arrays, hidden.numpy(), found, get_num_threads() * 4)
+        product(*self._head, hidden.numpy(), found, get_num_threads() * 4)
         return torch.from_numpy(found)
+
+    @cached_property
+    def _head(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.output.arrays
 
     def _rotations(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin (kinds, N, rotated / 2)."""
@@ -190,9 +197,27 @@ class FastRunner(Runner):
 
     def _few(self, x: Tensor, step: Step) -> Tensor:
         cos, sin = self._rotations(step)
-        keys, values = self.cache.arrays
         kernels.decode(
             x.numpy(),
+            *self._weights,
+            cos,
+            sin,
+            self.angles,
+            self.windows,
+            *self.cache.arrays,
+            step.tables,
+            step.rows,
+            step.positions,
+            np.float32(self.model.config.score_scale),
+            np.zeros(1, np.int64),
+            get_num_threads(),
+        )
+        return x
+
+    @cached_property
+    def _weights(self) -> tuple[Any, ...]:
+        """As `kernels.decode` takes them; what is packed again is packed in place."""
+        return (
             self.norms.numpy(),
             np.float32(self.model.config.norm_eps),
             *self.qkv.arrays,
@@ -202,20 +227,7 @@ class FastRunner(Runner):
             *self.down.arrays,
             self.head_norms.numpy(),
             self.last_norm.numpy(),
-            cos,
-            sin,
-            self.angles,
-            self.windows,
-            keys,
-            values,
-            step.tables,
-            step.rows,
-            step.positions,
-            np.float32(self.model.config.score_scale),
-            np.zeros(1, np.int64),
-            get_num_threads(),
         )
-        return x
 
     def _many(self, x: Tensor, step: Step) -> Tensor:
         config, eps = self.model.config, np.float32(self.model.config.norm_eps)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -66,22 +67,37 @@ class Step:
     """
 
     def __init__(self, cache: PagedCache, pieces: Sequence[Piece], exact: bool = False) -> None:
-        self.cache, self.pieces = cache, pieces
-        counts = np.array([len(piece.tokens) for piece in pieces])
-        self.ends = counts.cumsum()
-        self.rows = np.repeat(np.arange(len(pieces), dtype=np.int32), counts)
-        within = np.arange(len(self.rows)) - np.repeat(self.ends - counts, counts)
-        self.positions = within + np.repeat(np.array([piece.begin for piece in pieces]), counts)
+        self.cache, self.pieces, self.exact = cache, pieces, exact
+        counts = [len(piece.tokens) for piece in pieces]
+        self.ends = [*accumulate(counts)]
+        self.rows = np.array([row for row, count in enumerate(counts) for _ in range(count)], dtype=np.int32)
+        """Each token's piece."""
+        begins = (piece.begin for piece in pieces)
+        self.positions = np.array(
+            [
+                position
+                for begin, n in zip(begins, counts, strict=True)
+                for position in range(begin, begin + n)
+            ]
+        )
         longest = max(len(piece.blocks) for piece in pieces)
         self.tables = np.zeros((len(pieces), longest), np.int32)
         for row, piece in enumerate(pieces):
             self.tables[row, : len(piece.blocks)] = piece.blocks
-        self.blocks = self.tables[self.rows, self.positions // POSITIONS]
-        self.slots = self.positions % POSITIONS
-        short = [exact or len(piece.tokens) <= SHORT for piece in pieces]
-        self.short = np.flatnonzero(np.repeat(short, counts))
-        self.long = [number for number, is_short in enumerate(short) if not is_short]
         self.device = cache.keys.device
+
+    def _is_short(self, piece: Piece) -> bool:
+        return self.exact or len(piece.tokens) <= SHORT
+
+    @cached_property
+    def short(self) -> np.ndarray:
+        """The tokens of short pieces."""
+        return np.flatnonzero(np.array([self._is_short(piece) for piece in self.pieces])[self.rows])
+
+    @cached_property
+    def long(self) -> list[int]:
+        """The long pieces."""
+        return [number for number, piece in enumerate(self.pieces) if not self._is_short(piece)]
 
     def next_positions(self, n_tokens: int) -> Tensor:
         """(1, N), as `KVCache.next_positions`."""
@@ -114,7 +130,8 @@ class Step:
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
-        blocks, slots = torch.from_numpy(self.blocks), torch.from_numpy(self.slots)
+        blocks = torch.from_numpy(self.tables[self.rows, self.positions // POSITIONS])
+        slots = torch.from_numpy(self.positions % POSITIONS)
         return blocks.long().to(self.device), slots.to(self.device)
 
     def _read_short(self, layer: int, q: Tensor, scores: Scores, out: Tensor) -> None:

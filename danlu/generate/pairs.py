@@ -17,7 +17,21 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from danlu.generate.numbers import narrow
-from danlu.generate.vectors import FLOAT, FLOATS, INT, INTS, LANES, _arrays, _at, _load, _splat, _word, fetch
+from danlu.generate.vectors import (
+    FLOAT,
+    FLOATS,
+    INT,
+    INTS,
+    LANES,
+    LINE,
+    _arrays,
+    _at,
+    _load,
+    _splat,
+    _word,
+    fetch,
+    stream,
+)
 
 AVAILABLE = bool(binding.get_host_cpu_features().get("avx512bf16"))
 """Whether this processor has the instruction."""
@@ -82,6 +96,8 @@ def _tile(n_tokens: int) -> Any:
                 if n_tokens == TILE:  # the next sixteen rows come while this tile is computed
                     ahead = builder.add(index, builder.mul(half, _word(2 * LANES)))
                     fetch(builder, _at(builder, w_, stored, ahead))
+                else:
+                    stream(builder, _at(builder, w_, stored, index), LINE)
                 first = builder.add(tokens, builder.mul(number, _word(2 * n_tokens)))
                 for i in range(n_tokens):
                     address = _at(builder, x_, ir.IntType(16), builder.add(first, _word(2 * i)))

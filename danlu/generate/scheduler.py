@@ -9,6 +9,7 @@ gives its blocks back and reads its tokens again later.
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -260,10 +261,9 @@ class Scheduler:
         for choice in chosen:
             tables.wrote(choice.feed.sequence, choice.n_tokens)
         asking = [choice for choice in chosen if choice.wanted]
-        sizes = [choice.wanted for choice in asking]
-        for choice, output in zip(
-            asking, self._outputs(lane.runner, asking, hidden.split(sizes)), strict=True
-        ):
+        ends = accumulate(choice.wanted for choice in asking)
+        parts = [hidden[end - choice.wanted : end] for choice, end in zip(asking, ends, strict=True)]
+        for choice, output in zip(asking, self._outputs(lane.runner, asking, parts), strict=True):
             choice.job.found.setdefault(choice.number, []).append(output)
             if output.is_nan and not choice.job.done:
                 choice.job.error = UserError(
@@ -278,16 +278,15 @@ class Scheduler:
         sampled = [i for i, choice in enumerate(asking) if choice.feed.row is not None]
         others = (i for i in range(len(asking)) if i not in scored and i not in sampled)
         plain = [i for i in others if not asking[i].feed.hidden_only]
-        for group in (plain, sampled):
-            if not group:
-                continue
-            logits = runner.logits(torch.cat([hidden[i] for i in group]))
-            for i, rows in zip(group, logits.split([len(hidden[i]) for i in group]), strict=True):
+        if plain:
+            logits = runner.logits(torch.cat([hidden[i] for i in plain]))
+            for i, rows in zip(plain, logits.split([len(hidden[i]) for i in plain]), strict=True):
                 outputs[i].logits = rows
-            if group is sampled:
-                rows_of = [row for i in group if (row := asking[i].feed.row) is not None]
-                for i, drawn in zip(group, draw(logits, rows_of), strict=True):
-                    outputs[i].draw = drawn
+        if sampled:
+            logits = runner.logits(torch.cat([hidden[i] for i in sampled]))
+            rows_of = [row for i in sampled if (row := asking[i].feed.row) is not None]
+            for i, drawn in zip(sampled, draw(logits, rows_of), strict=True):
+                outputs[i].draw = drawn
         if scored:
             targets = [target for i in scored for target in asking[i].targets]
             n_top = [asking[i].feed.top for i in scored for _ in hidden[i]]

@@ -15,6 +15,10 @@ from numba.extending import intrinsic
 LANES = 16
 UNROLL = 4
 """Sums that run side by side: an addition takes several cycles."""
+LINE = 64
+"""Bytes of a cache line."""
+STREAM_AHEAD = 6 * LINE
+"""Between what is read of a matrix and what is fetched of it."""
 
 FLOAT, INT, WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
@@ -108,6 +112,25 @@ def _arrays(context: Any, builder: Any, signature: Any, arguments: Any) -> list[
     ]
 
 
+def fetch(builder: ir.IRBuilder, address: Any, once: bool = False) -> None:
+    """Has a cache line brought from memory, and doesn't wait for it.
+
+    `once`: it is read now and not again soon, so that it need not push anything out of the larger caches.
+    """
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, INT, INT, INT])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    to_read, locality, data = (ir.Constant(INT, flag) for flag in (0, 0 if once else 3, 1))
+    builder.call(function, [builder.bitcast(address, byte), to_read, locality, data])
+
+
+def stream(builder: ir.IRBuilder, address: Any, n_bytes: int) -> None:
+    """Before `n_bytes` are read from here: fetches what is read a little later."""
+    begin = builder.bitcast(address, ir.IntType(8).as_pointer())
+    for offset in range(STREAM_AHEAD, STREAM_AHEAD + n_bytes, LINE):
+        fetch(builder, builder.gep(begin, [_word(offset)], source_etype=ir.IntType(8)), once=True)
+
+
 def _dots(n_tokens: int) -> Any:
     """dots(w, factors, row, x, t, y): y[t + i, row] = w[row] · x[t + i] for the next `n_tokens` rows i of x.
 
@@ -134,6 +157,10 @@ def _dots(n_tokens: int) -> Any:
 
             def vectors(begin: Any, count: int) -> None:
                 """`count` vectors of the row, from number `begin` on."""
+                first = builder.add(line, builder.mul(begin, _word(LANES)))
+                size = w.dtype.bitwidth // 8
+                kind = FLOAT if size == 4 else ir.IntType(8 * size)
+                stream(builder, _at(builder, w_, kind, first), count * LANES * size)
                 for unroll in range(count):
                     index = builder.mul(builder.add(begin, _word(unroll)), _word(LANES))
                     column(index, _wide(builder, w_, w.dtype, builder.add(line, index)), unroll)
@@ -141,6 +168,7 @@ def _dots(n_tokens: int) -> Any:
             def group(number: Any, unroll: int) -> None:
                 """The 32 numbers of a group of 4 bits."""
                 at = builder.add(line, builder.mul(number, _word(LANES)))
+                stream(builder, _at(builder, w_, ir.IntType(8), at), LANES)
                 place = builder.mul(builder.add(builder.mul(row_, groups), number), _word(2))
                 step, low = (
                     _splat(builder, builder.load(_at(builder, factors_, FLOAT, at_), typ=FLOAT))
@@ -228,15 +256,6 @@ def _product_of_rows(n_lines: int) -> Callable[..., Any]:
         return types.void(a, words, m, words, y, words, words), build
 
     return typing
-
-
-def fetch(builder: ir.IRBuilder, address: Any) -> None:
-    """Has a cache line brought from memory, and doesn't wait for it."""
-    byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, INT, INT, INT])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    to_read, all_caches, data = (ir.Constant(INT, flag) for flag in (0, 3, 1))
-    builder.call(function, [builder.bitcast(address, byte), to_read, all_caches, data])
 
 
 def _fetch(_: Any, array: Any) -> Any:
