@@ -19,6 +19,7 @@ import torch
 
 from danlu.core.errors import UserError
 from danlu.data.conversations import Messages
+from danlu.evaluate.text_measures import distinct_n
 from danlu.generate.engine import Completion, Engine
 from danlu.generate.sampling import SamplingParams
 from danlu.model.cross_entropy import log_probabilities
@@ -88,15 +89,6 @@ def dictionary_share(texts: list[str], words: set[str]) -> tuple[float, list[str
     said = [word for text in texts for word in _WORD.findall(text.lower().replace("’", "'"))]
     unknown = [word for word in said if word not in words]
     return (len(said) - len(unknown)) / max(len(said), 1), sorted(set(unknown))
-
-
-def distinct_n(texts: list[str], n: int = 2) -> float:
-    """Distinct n-grams of words over all n-grams of the texts together (Li 2016)."""
-    grams: list[tuple[str, ...]] = []
-    for text in texts:
-        said = text.lower().split()
-        grams += [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
-    return len(set(grams)) / max(len(grams), 1)
 
 
 def longest_copy(replies: list[list[int]], shards: Shards) -> int:

@@ -50,12 +50,13 @@ from danlu.data.documents import read_documents
 from danlu.evaluate import codec, windows
 from danlu.evaluate.compressors import COMPRESSORS, LABELS, compressor_bits
 from danlu.evaluate.evaluate import model_bytes, plain_text
+from danlu.evaluate.intervals import t_interval
 from danlu.model.checkpoint import load, save_model
 from danlu.model.config import ModelConfig
 from danlu.model.transformer import Transformer
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.corpus import prepare_tokens
-from danlu.papers.protocol import Claim, Control, Result, at_least, at_most, judged, save_plot, t_interval
+from danlu.papers.protocol import Claim, Control, Result, at_least, at_most, judged, save_plot
 from danlu.tokens.load import load_tokenizer
 from danlu.tokens.tokenizer import Tokenizer
 from danlu.train import prequential

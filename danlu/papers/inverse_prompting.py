@@ -26,9 +26,7 @@ Not tested: Chinese poems and answers to questions, human ratings, self-training
 """
 
 import math
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -42,6 +40,8 @@ from torch import Tensor
 import danlu
 from danlu.core.errors import UserError
 from danlu.data.documents import read_rows
+from danlu.evaluate.intervals import bootstrap_interval
+from danlu.evaluate.text_measures import bm25
 from danlu.generate.beam import BeamParams, beam_search
 from danlu.generate.engine import Engine
 from danlu.generate.inverse_prompting import InverseParams, inverse_prompting, template
@@ -49,7 +49,7 @@ from danlu.generate.program import Answer, Process
 from danlu.generate.rank import best_of_n, log_likelihood_per_token, sample
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.nucleus import text_source
-from danlu.papers.protocol import Claim, Control, Result, bootstrap_interval, judged, save_plot
+from danlu.papers.protocol import Claim, Control, Result, judged, save_plot
 
 INVERSE, BEAM, LIKELIHOOD = "inverse prompting", "beam search", "samples by likelihood"
 OTHER = "inverse prompting towards another headline"
@@ -193,24 +193,6 @@ def _likeliest(engine: Engine, rows: Sequence[Row], setup: Setup, seed: int) -> 
 
 
 # Relevance
-
-
-def bm25(query: str, documents: Sequence[str], k1: float = 1.5, b: float = 0.75) -> list[float]:
-    """The score of each document (Robertson and Zaragoza 2009; idf as in Lucene, never negative)."""
-    words = [Counter(_words(document)) for document in documents]
-    mean = sum(count.total() for count in words) / len(words)
-    scores = [0.0] * len(documents)
-    for word, times in Counter(_words(query)).items():
-        holding = sum(word in count for count in words)
-        idf = math.log(1 + (len(words) - holding + 0.5) / (holding + 0.5))
-        for place, count in enumerate(words):
-            length = k1 * (1 - b + b * count.total() / mean)
-            scores[place] += times * idf * count[word] * (k1 + 1) / (count[word] + length)
-    return scores
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
 
 
 def hits(texts: Sequence[str], documents: Sequence[str], group: int) -> list[bool]:

@@ -48,25 +48,14 @@ from typing import Any
 
 import torch
 
+from danlu.evaluate.intervals import Interval, relative_change, t_interval
 from danlu.model.checkpoint import load, save_model
 from danlu.model.config import ModelConfig
 from danlu.model.transformer import Transformer
 from danlu.papers.arms import FULL, Arms, Measured, Task, evaluated, measure
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.corpus import prepare_tokens, text_source
-from danlu.papers.protocol import (
-    Claim,
-    Control,
-    Interval,
-    Result,
-    Verdict,
-    at_least,
-    at_most,
-    judged,
-    relative_change,
-    save_plot,
-    t_interval,
-)
+from danlu.papers.protocol import Claim, Control, Result, Verdict, at_least, at_most, judged, save_plot
 from danlu.papers.rows import fitting, instructions, row_source, split, unrelated_pieces, unrelated_source
 from danlu.tokens.config import TokenizeConfig
 from danlu.tokens.load import load_tokenizer

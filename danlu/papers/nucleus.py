@@ -36,8 +36,7 @@ Not tested: GPT-2 Large and WebText; human ratings (HUSE); 5,000 continuations o
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
@@ -51,19 +50,13 @@ from torch import Tensor
 import danlu
 from danlu.core.errors import UserError
 from danlu.data.documents import read_documents
+from danlu.evaluate.intervals import Interval, bootstrap_interval
+from danlu.evaluate.text_measures import ends_in_a_loop, self_bleu, zipf_coefficient
 from danlu.generate.beam import BeamParams, beam_search
 from danlu.generate.engine import Engine
 from danlu.generate.sampling import SamplingParams
 from danlu.papers.config import ReproduceConfig
-from danlu.papers.protocol import (
-    Claim,
-    Control,
-    Interval,
-    Result,
-    bootstrap_interval,
-    judged,
-    save_plot,
-)
+from danlu.papers.protocol import Claim, Control, Result, judged, save_plot
 
 NUCLEI = (0.90, 0.95, 0.97)
 REPEATS, PROBABLE = 0.2, 0.5
@@ -207,44 +200,6 @@ def _measured(ids: list[list[int]], nats: list[float]) -> Arm:
 
 
 # Measures
-
-
-def ends_in_a_loop(ids: Sequence[int], times: int = 3, shortest: int = 2) -> bool:
-    """Whether the end is a phrase of at least `shortest` tokens, `times` times in a row."""
-    ids = list(ids)
-    return any(ids[-size * times :] == ids[-size:] * times for size in range(shortest, len(ids) // times + 1))
-
-
-def self_bleu(texts: Sequence[Sequence[int]], longest: int = 4) -> list[float]:
-    """BLEU of each text with the others as references, for texts of one length: no brevity penalty.
-
-    The geometric mean of the precisions of n-grams, n = 1 to `longest`, each count clipped at the most that
-    one reference has; 0 where one of them is 0.
-    """
-    logs = np.zeros(len(texts))
-    for n in range(1, longest + 1):
-        counts = [Counter(tuple(t[i : i + n]) for i in range(len(t) - n + 1)) for t in texts]
-        most: dict[tuple[int, ...], tuple[int, int]] = {}
-        for count in counts:
-            for gram, times in count.items():
-                first, second = most.get(gram, (0, 0))
-                most[gram] = (max(first, times), max(second, min(first, times)))
-        for place, count in enumerate(counts):
-            kept = sum(min(times, _others(most[gram], times)) for gram, times in count.items())
-            logs[place] += math.log(kept / count.total()) / longest if kept else -math.inf
-    return [float(value) for value in np.exp(logs)]
-
-
-def _others(most: tuple[int, int], own: int) -> int:
-    """The highest count of the other texts, given the two highest of all."""
-    return most[1] if own == most[0] else most[0]
-
-
-def zipf_coefficient(texts: Sequence[Sequence[int]], first: int = 10, last: int = 1000) -> float:
-    """Minus the slope of log frequency over log rank, by least squares."""
-    counts = sorted(Counter(token for text in texts for token in text).values(), reverse=True)[:last]
-    ranks = np.arange(1, len(counts) + 1)
-    return float(-np.polyfit(np.log(ranks[first - 1 :]), np.log(counts[first - 1 :]), 1)[0])
 
 
 def figures(arm: Arm) -> dict[str, float]:

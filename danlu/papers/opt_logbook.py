@@ -40,10 +40,11 @@ import torch
 
 from danlu.core.errors import UserError
 from danlu.core.metrics import read_metrics
+from danlu.evaluate.intervals import t_interval
 from danlu.model.config import ModelConfig
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.corpus import prepare_tokens, text_source
-from danlu.papers.protocol import Claim, Control, Result, at_most, judged, save_plot, t_interval
+from danlu.papers.protocol import Claim, Control, Result, at_most, judged, save_plot
 from danlu.tokens.loader import Batch
 from danlu.train.config import GuardConfig, OptimConfig, ScheduleConfig, TrainConfig
 from danlu.train.loop import Hooks, train

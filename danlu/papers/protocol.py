@@ -9,19 +9,17 @@ import html
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel
 
 from danlu.core.config import flatten
 from danlu.core.files import atomic_write
 from danlu.core.show import show_value
+from danlu.evaluate.intervals import Interval
 
 Verdict = Literal["holds", "does not hold", "not testable"]
-Interval = tuple[float, float]
 
 
 class Claim(BaseModel):
@@ -75,53 +73,6 @@ def at_most(interval: Interval, limit: float) -> Verdict:
 def at_least(interval: Interval, limit: float) -> Verdict:
     """Holds when the whole interval lies at or above `limit`."""
     return "holds" if interval[0] >= limit else "does not hold"
-
-
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's interval of the mean of independent values, such as paired differences of seeds."""
-    mean, n = float(np.mean(values)), len(values)
-    if n < 2:
-        raise ValueError("an interval needs at least two values")
-    half = t_quantile(0.5 + confidence / 2, n - 1) * float(np.std(values, ddof=1)) / n**0.5
-    return mean - half, mean + half
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t: its density ∝ (1 + x²/ν)^(−(ν+1)/2) summed up on a grid of tan θ.
-
-    With x = √ν tan θ the density in θ is ∝ cos(θ)^(ν−1), which is smooth on (−π/2, π/2).
-    """
-    edges = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
-    middles = (edges[:-1] + edges[1:]) / 2
-    mass = np.concatenate([[0.0], np.cumsum(np.cos(middles) ** (freedom - 1))])
-    theta = np.interp(probability, mass / mass[-1], edges)
-    return float(np.sqrt(freedom) * np.tan(theta))
-
-
-def bootstrap_interval(
-    values: Sequence[Any],
-    statistic: Callable[..., Any] = np.mean,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap over items, each a number or several; `statistic` takes an array and `axis`."""
-    items = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(0, len(items), (resamples, len(items)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(statistic(items[draws], axis=1), [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def relative_change(after: Sequence[float], before: Sequence[float]) -> tuple[float, Interval]:
-    """Σ after / Σ before − 1 over the same items, with its paired bootstrap interval."""
-
-    def change(pairs: np.ndarray, axis: int) -> Any:
-        sums = pairs.sum(axis)
-        return sums[..., 0] / sums[..., 1] - 1
-
-    pairs = np.stack([after, before], 1)
-    return float(change(pairs, 0)), bootstrap_interval(pairs.tolist(), change)
 
 
 def write_result(result: Result, folder: Path) -> None:

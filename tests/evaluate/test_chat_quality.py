@@ -17,11 +17,11 @@ from danlu.evaluate.chat_quality import (
     PROMPTS,
     chat_quality,
     dictionary_share,
-    distinct_n,
     english_words,
     longest_copy,
     prompt_margin,
 )
+from danlu.evaluate.text_measures import distinct_n
 from danlu.generate.engine import Completion, Engine
 from danlu.generate.sampling import SamplingParams
 from danlu.model.checkpoint import load

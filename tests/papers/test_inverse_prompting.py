@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from danlu.core.errors import UserError
+from danlu.evaluate.text_measures import bm25
 from danlu.papers.inverse_prompting import (
     BEAM,
     INVERSE,
@@ -14,7 +15,6 @@ from danlu.papers.inverse_prompting import (
     OTHER,
     Row,
     Setup,
-    bm25,
     claims,
     control,
     hits,

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from danlu.core.errors import UserError
+from danlu.evaluate.intervals import relative_change
 from danlu.model.checkpoint import save_model
 from danlu.model.config import ModelConfig
 from danlu.model.transformer import Transformer
 from danlu.papers import arms, lora, rows
 from danlu.papers.config import ReproduceConfig
-from danlu.papers.protocol import relative_change
 from danlu.tokens.bpe import train_bpe
 from danlu.tokens.chat import render
 from danlu.tokens.shards import Shards, ShardWriter

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from danlu.core.errors import UserError
+from danlu.evaluate.text_measures import ends_in_a_loop, self_bleu, zipf_coefficient
 from danlu.papers.nucleus import (
     AGAIN,
     BEAM,
@@ -23,11 +24,8 @@ from danlu.papers.nucleus import (
     Setup,
     claims,
     controls,
-    ends_in_a_loop,
     nucleus,
     prompts_and_humans,
-    self_bleu,
-    zipf_coefficient,
 )
 
 

@@ -5,20 +5,9 @@ import numpy as np
 import pytest
 
 from danlu.core.errors import UserError
+from danlu.evaluate.intervals import bootstrap_interval, relative_change, t_interval, t_quantile
 from danlu.papers.config import ReproduceConfig
-from danlu.papers.protocol import (
-    Claim,
-    Control,
-    Result,
-    at_least,
-    at_most,
-    bootstrap_interval,
-    judged,
-    relative_change,
-    t_interval,
-    t_quantile,
-    write_result,
-)
+from danlu.papers.protocol import Claim, Control, Result, at_least, at_most, judged, write_result
 from danlu.papers.reproduce import reproduce
 
 
