@@ -21,7 +21,7 @@ def stated_answer(text: str) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """The last number, plainly written: no thousands separators, no unit, no ".0"; None where there is none."""
+    """The last number, as `plain_number` writes it; None where there is none."""
     found = _NUMBER.findall(text)
     return plain_number(found[-1]) if found else None
 

@@ -30,7 +30,7 @@ def reliability(confidences: Sequence[float], correct: Sequence[bool], bins: int
 
 
 def calibration_error(confidences: Sequence[float], correct: Sequence[bool], bins: int = 10) -> float:
-    """Expected calibration error: the mean of |accuracy − confidence| over the answers' bins (Guo 2017, eq. 3).
+    """Expected calibration error: the mean of |accuracy − confidence| over all answers (Guo 2017, eq. 3).
 
     Above 0 for a finite sample of a perfectly calibrated model too: compare models on the same items.
     """
