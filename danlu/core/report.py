@@ -50,7 +50,7 @@ def write_report(run: Path) -> None:
     write_json(as_json(figures), run / "report.json")
     known: dict[Path, Node] = {}
     nodes = [trace(folder, known) for folder in results_of(run)]
-    page = _environment().get_template("report.html.jinja")
+    page = page_templates().get_template("report.html.jinja")
     with atomic_write(run / "report.html") as file:
         file.write(
             page.render(
@@ -189,9 +189,10 @@ def _listed(values: Sequence[Any]) -> str:
     return ", ".join(show_value(value) for value in values[:12]) + more
 
 
-def _environment() -> jinja2.Environment:
+def page_templates(*folders: Path) -> jinja2.Environment:
+    """Templates of these folders, and what they share: `page.css` and filters."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )

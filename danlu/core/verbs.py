@@ -47,6 +47,8 @@ class Verb:
     """Whether every process of torchrun runs it; else the first does, and the others wait."""
     keeps_nothing: bool = False
     """Whether, run alone without --out, its result is printed and no run folder is kept."""
+    default_out: str | None = None
+    """"module:function" that gives the folder for what was typed all the same, or None."""
     resumes: bool = False
     """Whether the same command, after an interruption, goes on where it stopped. A stage always does."""
     show: str | None = None

@@ -1,6 +1,11 @@
 """Config of the evaluation verbs. Imports nothing heavy."""
 
+import hashlib
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -27,12 +32,49 @@ class DecompressConfig(Config):
 
 
 class EvalConfig(StageConfig):
-    """`danlu eval`: bits per byte against other compressors, and the quality of small talk."""
+    """`danlu eval`: benchmarks, bits per byte against other compressors, and the quality of small talk."""
 
-    model: InputPath | None = Field(None, description="model that is scored on the held-out text")
+    model: InputPath | None = Field(None, description="model that is asked, or scored on the held-out text")
+    tasks: tuple[str, ...] = Field(
+        (),
+        description="benchmarks: names (danlu eval tasks lists them), patterns, or YAML files of one's own",
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, description="examples before each question; default: what the task says, else none"
+    )
+    limit: int = Field(0, ge=0, description="only the first questions of each task; 0 = all")
+    chat: bool = Field(False, description="ask through the model's chat template")
+    dtype: Literal["auto", "float32", "bf16", "int8", "int4"] = Field(
+        "auto",
+        description="of the weights that tasks are computed with: auto is bf16 where the hardware has it",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    url: str = Field("", description="of an OpenAI API that has the model; `model` is its name there")
+    cache: bool = Field(True, description="keep answers by request, and use those that are kept")
     data: InputPath | None = Field(None, description="output folder of `danlu data prepare`")
     chat_model: InputPath | None = Field(None, description="model that is talked to; none = no chat scores")
     chat_data: InputPath | None = Field(
         None, description="output folder of `danlu tokenize` with kind=chat, for the losses on replies"
     )
     conversations: int = Field(200, ge=2, description="held-out conversations in the losses on replies")
+
+
+def evaluation_folder(values: Mapping[str, Any]) -> str | None:
+    """Where benchmarks are kept that were asked for without a place: the same command finds them again."""
+    if not values.get("tasks"):
+        return None
+    name = re.sub(r"[^\w.-]+", "-", str(values.get("model", "model"))).strip("-.")[-60:]
+    asked = json.dumps(values, sort_keys=True, default=str)
+    return f"runs/eval/{name}-{hashlib.sha256(asked.encode()).hexdigest()[:6]}"
+
+
+class TasksConfig(Config):
+    """`danlu eval tasks`: what can be asked without a network."""
+
+
+class DiffConfig(Config):
+    """`danlu eval diff`: two evaluations on the same questions."""
+
+    a: Path = Field(description="folder of the first evaluation")
+    b: Path = Field(description="folder of the second")
+    page: Path = Field(Path("diff.html"), description="where the page with what changed goes")

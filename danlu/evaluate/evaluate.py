@@ -28,7 +28,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.model is None and config.chat_model is None:
         raise UserError("nothing to evaluate", "give model and data, or chat_model")
     result: dict[str, Any] = {}
-    if config.model is not None:
+    if config.tasks:
+        if config.model is None:
+            raise UserError("tasks need a model", "danlu eval MODEL --tasks NAME")
+        from danlu.evaluate.tasks import run_tasks
+
+        result |= run_tasks(config)
+    if config.model is not None and (config.data is not None or not config.tasks):
         result |= compression_scores(config.model, required(config.data))
     if config.chat_model is not None:
         model, tokenizer = danlu.load(config.chat_model, dtype=torch.float32)

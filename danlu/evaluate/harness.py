@@ -19,17 +19,22 @@ import tokenizers
 
 from danlu.core.errors import UserError
 from danlu.data.conversations import Messages
-from danlu.generate.engine import Engine
+from danlu.generate.engine import Completion, Engine, Likelihood
 from danlu.generate.sampling import SamplingParams
 from danlu.tokens.chat import render_text
 from danlu.tokens.tokenizer import Tokenizer
 
 try:
+    from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise UserError(f"lm-eval can't be imported: {error}", "pip install 'danlu[eval]'") from None
+
+__all__ = ["EngineLM", "TaskManager", "load_yaml", "simple_evaluate"]
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -51,6 +56,8 @@ class EngineLM(TemplateLM):
     def __init__(self, engine: Engine, max_gen_toks: int = 256) -> None:
         super().__init__()
         self.engine, self.max_gen_toks = engine, max_gen_toks
+        self.n_cut = 0
+        """Contexts that were too long, and lost their beginnings."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -111,11 +118,12 @@ class EngineLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether every token of it is the most probable one)."""
         pairs = [self._fitting(context, continuation) for _texts, context, continuation in requests]
-        scored = self.engine.likelihoods(pairs, progress="likelihoods")
-        answers = [(found.logprob, found.greedy) for found in scored]
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request[0], answer)
-        return answers
+
+        def keep(number: int, found: Likelihood) -> None:
+            self.cache_hook.add_partial("loglikelihood", requests[number][0], (found.logprob, found.greedy))
+
+        scored = self.engine.likelihoods(pairs, progress="likelihoods", found=keep)
+        return [(found.logprob, found.greedy) for found in scored]
 
     def _fitting(self, context: list[int], continuation: list[int]) -> Request:
         """Without the beginning of a context that is too long. The last token is predicted, never read."""
@@ -126,6 +134,7 @@ class EngineLM(TemplateLM):
                 "take a model that reads more, or leave the task out",
             )
         if len(context) > room:
+            self.n_cut += 1
             logger.warning("a context of %d tokens is cut on the left to %d", len(context), room)
         return context[-room:], continuation
 
@@ -161,13 +170,12 @@ class EngineLM(TemplateLM):
         answers = [""] * len(requests)
         for key, numbers in together.items():
             settings, seed = json.loads(key)
-            contexts = [requests[number].args[0] for number in numbers]
-            for number, text in zip(numbers, self._answers(contexts, settings, seed), strict=True):
+            group = [requests[number] for number in numbers]
+            for number, text in zip(numbers, self._answers(group, settings, seed), strict=True):
                 answers[number] = text
-                self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return answers
 
-    def _answers(self, contexts: list[str], settings: dict[str, Any], seed: int) -> list[str]:
+    def _answers(self, requests: list["Instance"], settings: dict[str, Any], seed: int) -> list[str]:
         settings = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
         if unknown := sorted(settings.keys() - set(_UNDERSTOOD)):
             raise UserError(
@@ -181,9 +189,10 @@ class EngineLM(TemplateLM):
                 f"a task asks for {longest} tokens, the model's context is {self.max_length}",
                 "set max_gen_toks lower, with gen_kwargs",
             )
-        prompts = [self.tok_encode(context) for context in contexts]
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
         for ids in prompts:
             if len(ids) > room:
+                self.n_cut += 1
                 logger.warning("a context of %d tokens is cut on the left to %d", len(ids), room)
         special = self.tokenizer.special_ids
         stops = {special[name] for name in (self.tokenizer.eos, *until) if name in special}
@@ -196,8 +205,12 @@ class EngineLM(TemplateLM):
             stop=tuple(text for text in until if text and text not in special),
             seed=seed,
         )
-        found = self.engine.generate([ids[-room:] for ids in prompts], params, progress="answers")
-        return [
-            postprocess_generated_text(self.tokenizer.decode(completion.ids), until, None)
-            for completion in found
-        ]
+
+        def text_of(completion: Completion) -> str:
+            return postprocess_generated_text(self.tokenizer.decode(completion.ids), until, None)
+
+        def keep(number: int, completion: Completion) -> None:
+            self.cache_hook.add_partial("generate_until", requests[number].args, text_of(completion))
+
+        prompts = [ids[-room:] for ids in prompts]
+        return [text_of(done) for done in self.engine.generate(prompts, params, "answers", keep)]

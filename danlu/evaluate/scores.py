@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness calls for the tasks in `tasks/`: choices and scores of one question."""
+"""What lm-evaluation-harness calls for the tasks in `packs/`: choices and scores of one question."""
 
 import re
 import string

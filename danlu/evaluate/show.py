@@ -1,6 +1,6 @@
 """Scores as tables on the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from danlu.core.show import console, show_size, table
@@ -10,12 +10,28 @@ from danlu.evaluate.compressors import LABELS
 def show(result: Mapping[str, Any]) -> None:
     """Bits per byte, smallest first, and what the chat scores say."""
     out = console()
+    if "scores" in result:
+        out.print(score_table(result["scores"]))
+        if result["cut_contexts"]:
+            out.print(f"{result['cut_contexts']:,} contexts were too long, and lost their beginnings")
+        out.print(f"Questions and answers: {result['report']}", soft_wrap=True)
     if "bits_per_byte" in result:
         out.print(compression_table(result))
     if "chat_quality" in result:
         out.print(chat_table(result["chat_quality"]))
         examples = [(e["prompt"], e["reply"].strip()) for e in result["chat_quality"]["examples"][:6]]
         out.print(table("It talks back", ("you", "model"), examples))
+
+
+def score_table(scores: Sequence[Mapping[str, Any]]) -> Any:
+    rows = []
+    for score in scores:
+        low, high = score["interval"]
+        chance = "" if score["chance"] is None else f"{score['chance']:.3f}"
+        note = "no better than chance" if score["at_chance"] else ""
+        value, interval = f"{score['value']:.4f}", f"{low:.3f} – {high:.3f}"
+        rows.append((score["task"], score["metric"], value, interval, chance, str(score["n"]), note))
+    return table("Scores", ("task", "metric", "score", "95 %", "chance", "n", ""), rows)
 
 
 def compression_table(result: Mapping[str, Any]) -> Any:

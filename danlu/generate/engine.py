@@ -233,17 +233,20 @@ class Engine:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams],
         progress: str = "",
+        found: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """One completion a prompt. `progress`: under which name it is reported, "" = not.
 
-        Raises UserError for a prompt beyond the context.
+        `found` is told each as soon as it is whole, with the prompt's number. Raises UserError for a prompt
+        beyond the context.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         requests: list[Request] = []
         try:
             for prompt, own in zip(prompts, each, strict=True):
                 requests.append(self.submit(prompt, own))
-            self._work([request.job for request in requests], progress)
+            tell = None if found is None else lambda number: found(number, requests[number].completion)
+            self._work([request.job for request in requests], progress, tell)
         finally:
             for request in requests:
                 request.cancel()
@@ -261,10 +264,12 @@ class Engine:
         """The assistant's next turn."""
         return self.generate([messages], params)[0]
 
-    def run(self, *programs: Any, progress: str = "") -> list[Any]:
+    def run(
+        self, *programs: Any, progress: str = "", found: Callable[[int, Any], None] | None = None
+    ) -> list[Any]:
         """What each program returns, run together: functions of `Sequences`, see `program.py`.
 
-        `progress`: as in `generate`.
+        `progress`, `found`: as in `generate`.
         """
         jobs = []
         for program in programs:
@@ -273,24 +278,26 @@ class Engine:
         try:
             for job in jobs:
                 self.scheduler.submit(job)
-            self._work(jobs, progress)
+            self._work(jobs, progress, None if found is None else lambda n: found(n, jobs[n].result))
         finally:
             for job in jobs:
                 self.scheduler.cancel(job)
         return [job.result for job in jobs]
 
-    def _work(self, jobs: Sequence[Job], label: str) -> None:
+    def _work(self, jobs: Sequence[Job], label: str, done: Callable[[int], None] | None = None) -> None:
         """Steps until all are done, or one has failed: its error is raised."""
+        left = list(range(len(jobs)))
         with Progress(label, len(jobs), "requests") if label else nullcontext() as progress:
-            while left := sum(not job.done for job in jobs):
+            while left:
                 self.step()
+                for number in left:
+                    if (error := jobs[number].error) is not None:
+                        raise error
+                    if jobs[number].done and done is not None:
+                        done(number)
+                left = [number for number in left if not jobs[number].done]
                 if progress is not None:
-                    progress.update(len(jobs) - left)
-                if (failed := next((job for job in jobs if job.error is not None), None)) is not None:
-                    assert failed.error is not None
-                    raise failed.error
-            if progress is not None:
-                progress.update(len(jobs))
+                    progress.update(len(jobs) - len(left))
 
     def likelihood(self, prefix: str | list[int], continuations: Sequence[list[int]]) -> list[Likelihood]:
         """Of each continuation of one beginning, which is read once."""
@@ -298,12 +305,15 @@ class Engine:
         return self.likelihoods([(ids, continuation) for continuation in continuations])
 
     def likelihoods(
-        self, requests: Sequence[tuple[list[int], list[int]]], progress: str = ""
+        self,
+        requests: Sequence[tuple[list[int], list[int]]],
+        progress: str = "",
+        found: Callable[[int, Likelihood], None] | None = None,
     ) -> list[Likelihood]:
         """Of (prefix, continuation) pairs in tokens. What prefixes have in common is read once.
 
-        `progress`: as in `generate`. Raises UserError for an empty prefix or continuation, and for a pair
-        beyond the context.
+        `progress`, `found`: as in `generate`. Raises UserError for an empty prefix or continuation, and for a
+        pair beyond the context.
         """
         for prefix, continuation in requests:
             self._check_pair(prefix, continuation)
@@ -314,11 +324,16 @@ class Engine:
             _Scoring(requests[group[0]][0], [requests[number][1] for number in group]).program
             for group in groups
         ]
-        found: list[Any] = [None] * len(requests)
-        for group, answers in zip(groups, self.run(*programs, progress=progress), strict=True):
-            for number, answer in zip(group, answers, strict=True):
-                found[number] = answer
-        return found
+        answers: dict[int, Likelihood] = {}
+
+        def take(group: int, own: list[Likelihood]) -> None:
+            for number, answer in zip(groups[group], own, strict=True):
+                answers[number] = answer
+                if found is not None:
+                    found(number, answer)
+
+        self.run(*programs, progress=progress, found=take)
+        return [answers[number] for number in range(len(requests))]
 
     def embed(self, texts: Sequence[str | list[int]]) -> torch.Tensor:
         """(texts, D) float32: the mean of the last layer's vectors over a text's tokens."""
