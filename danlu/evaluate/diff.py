@@ -71,8 +71,9 @@ def diff(config: DiffConfig) -> dict[str, Any]:
     for task in tasks:
         pairs = matched(task, before[task], after[task])
         for metric in pairs[0][0]["metrics"]:
-            scores = [(_score(one, metric), _score(other, metric)) for one, other in pairs]
-            found.append(compare(task, metric, *map(list, zip(*scores, strict=True))))
+            one = [_score(row, metric) for row, _ in pairs]
+            other = [_score(row, metric) for _, row in pairs]
+            found.append(compare(task, metric, one, other))
         flipped[task] = _flips(pairs)
     result = {
         "a": str(config.a),

@@ -11,6 +11,7 @@ is served, and a whole text gets that token once. Importing this raises UserErro
 
 import json
 import logging
+import sys
 from collections import Counter, defaultdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import tokenizers
 from danlu.core.errors import UserError
 from danlu.data.conversations import Messages
 from danlu.generate.engine import Completion, Engine, Likelihood
+from danlu.generate.generate import load_for_engine
 from danlu.generate.sampling import SamplingParams
 from danlu.tokens.chat import render_text
 from danlu.tokens.tokenizer import Tokenizer
@@ -27,14 +29,19 @@ from danlu.tokens.tokenizer import Tokenizer
 try:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.utils import (
+        get_rolling_token_windows,
+        make_disjoint_window,
+        simple_parse_args_string,
+    )
 except ImportError as error:
     raise UserError(f"lm-eval can't be imported: {error}", "pip install 'danlu[eval]'") from None
 
-__all__ = ["EngineLM", "TaskManager", "load_yaml", "simple_evaluate"]
+__all__ = ["EngineLM", "TaskManager", "TemplateLM", "load_yaml", "simple_evaluate"]
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -47,11 +54,31 @@ Request = tuple[list[int], list[int]]
 _UNDERSTOOD = ("do_sample", "max_gen_toks", "temperature", "top_k", "top_p", "until")
 
 
+@register_model("danlu")
 class EngineLM(TemplateLM):
     """An engine, asked by lm-evaluation-harness.
 
     `max_gen_toks`: longest answer, in tokens, where a task names none.
     """
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: Any, additional_config: Any = None) -> "EngineLM":
+        """`lm_eval --model danlu --model_args pretrained=REF,dtype=…`: REF is any reference to a model."""
+        known = {"pretrained", "dtype", "device", "max_gen_toks"}
+        if unknown := sorted(arg_dict.keys() - known):
+            raise UserError(f"model_args has {unknown[0]}", f"known: {', '.join(sorted(known))}")
+        if "pretrained" not in arg_dict:
+            raise UserError("model_args names no model", "--model_args pretrained=MODEL")
+        device = arg_dict.get("device") or (additional_config or {}).get("device") or "auto"
+        where = "cuda" if str(device).startswith("cuda") else str(device)
+        model, tokenizer, kind = load_for_engine(
+            str(arg_dict["pretrained"]), arg_dict.get("dtype", "auto"), where
+        )
+        return cls(Engine(model, tokenizer, dtype=kind), int(arg_dict.get("max_gen_toks", 256)))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> "EngineLM":
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def __init__(self, engine: Engine, max_gen_toks: int = 256) -> None:
         super().__init__()
@@ -176,12 +203,7 @@ class EngineLM(TemplateLM):
         return answers
 
     def _answers(self, requests: list["Instance"], settings: dict[str, Any], seed: int) -> list[str]:
-        settings = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
-        if unknown := sorted(settings.keys() - set(_UNDERSTOOD)):
-            raise UserError(
-                f"a task sets {unknown[0]} for its generation, which the engine doesn't have",
-                f"known: {', '.join(_UNDERSTOOD)}",
-            )
+        settings = generation_settings(settings, self.max_gen_toks)
         until, longest = settings["until"], settings["max_gen_toks"]
         room = self.max_length - longest
         if room < 1:
@@ -214,3 +236,25 @@ class EngineLM(TemplateLM):
 
         prompts = [ids[-room:] for ids in prompts]
         return [text_of(done) for done in self.engine.generate(prompts, params, "answers", keep)]
+
+
+def generation_settings(settings: dict[str, Any], max_gen_toks: int) -> dict[str, Any]:
+    """A task's settings with all defaults. Raises UserError for one that the engine doesn't have."""
+    found = dict(normalize_gen_kwargs(settings, max_gen_toks))
+    if unknown := sorted(found.keys() - set(_UNDERSTOOD)):
+        raise UserError(
+            f"a task sets {unknown[0]} for its generation, which the engine doesn't have",
+            f"known: {', '.join(_UNDERSTOOD)}",
+        )
+    return found
+
+
+def lm_eval_command() -> None:
+    """The harness's own command line, `lm_eval`, which knows `--model danlu` too."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"danlu: {error}", file=sys.stderr)
+        sys.exit(2)

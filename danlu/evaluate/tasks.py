@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -172,12 +173,15 @@ def model_of(config: EvalConfig) -> Any:
     if not config.url:
         model, tokenizer, kind = load_for_engine(str(config.model), config.dtype, config.device)
         return EngineLM(Engine(model, tokenizer, dtype=kind))
-    raise UserError("url is not there yet", "evaluate a local model")
+    from danlu.evaluate.remote import ServedLM
+
+    return ServedLM(config.url, str(config.model), os.environ.get("OPENAI_API_KEY", ""), config.chat)
 
 
 def _cache(config: EvalConfig) -> Path:
     """Answers by request, of one model in one precision."""
-    made = f"{base_digest(resolve(str(config.model)))} {config.dtype} {config.device} {__version__}"
+    where = config.url or f"{base_digest(resolve(str(config.model)))} {config.dtype} {config.device}"
+    made = f"{config.model} {where} {__version__}"
     return cache_folder() / "answers" / hashlib.sha256(made.encode()).hexdigest()[:16]
 
 
