@@ -35,6 +35,11 @@ def answer(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     }
 
 
+def exact(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+    """Whether the first line is the answer, and nothing else."""
+    return {"exact_match": float(results[0].strip().partition("\n")[0].strip() == doc["answers"][0])}
+
+
 def number(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     """Whether the first line's last number is the right one."""
     return {"exact_match": float(last_number(results[0].partition("\n")[0]) == doc["answers"][0])}

@@ -190,14 +190,15 @@ def list_tasks(_: TasksConfig) -> dict[str, Any]:
     found = []
     for file in sorted(PACKS.glob("[!_]*.yaml")):
         settings = load_yaml(file, resolve_func=False)
-        source = settings["dataset_kwargs"]["source"].partition("!")[0]
+        source = settings["dataset_kwargs"].get("source", "").partition("!")[0]
+        missing = ""
         try:
-            located(source)
-            missing = ""
+            if source:
+                located(source)
         except UserError as error:
             missing = error.message
         kind = "choice" if settings["output_type"] == "multiple_choice" else "answer"
-        found.append({"task": settings["task"], "kind": kind, "data": source, "missing": missing})
+        found.append({"task": settings["task"], "kind": kind, "data": source or "drawn", "missing": missing})
     return {"tasks": found}
 
 
