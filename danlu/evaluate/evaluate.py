@@ -26,7 +26,7 @@ from danlu.tokens.shards import Shards
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Bits per byte where `model` and `data` are given, chat quality where `chat_model` is."""
     if config.model is None and config.chat_model is None:
-        raise UserError("nothing to evaluate", "give model and data, or chat_model")
+        raise UserError("nothing to evaluate", "name a model, with tasks or data; or chat_model")
     result: dict[str, Any] = {}
     if config.tasks:
         if config.model is None:

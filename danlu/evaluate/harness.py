@@ -29,7 +29,7 @@ from danlu.tokens.tokenizer import Tokenizer
 try:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
+    from lm_eval.api.registry import metric_registry, register_model
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -41,7 +41,7 @@ try:
 except ImportError as error:
     raise UserError(f"lm-eval can't be imported: {error}", "pip install 'danlu[eval]'") from None
 
-__all__ = ["EngineLM", "TaskManager", "TemplateLM", "load_yaml", "simple_evaluate"]
+__all__ = ["EngineLM", "TaskManager", "TemplateLM", "load_yaml", "metric_registry", "simple_evaluate"]
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

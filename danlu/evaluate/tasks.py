@@ -25,7 +25,13 @@ from danlu.core.progress import clock
 from danlu.core.show import console, table
 from danlu.evaluate.card import calibration, is_choice, write_card
 from danlu.evaluate.config import EvalConfig, TasksConfig
-from danlu.evaluate.harness import EngineLM, TaskManager, load_yaml, simple_evaluate
+from danlu.evaluate.harness import (
+    EngineLM,
+    TaskManager,
+    load_yaml,
+    metric_registry,
+    simple_evaluate,
+)
 from danlu.evaluate.intervals import bootstrap_interval, wilson_interval
 from danlu.evaluate.sets import located
 from danlu.generate.engine import Engine
@@ -127,14 +133,19 @@ def task_of_file(path: Path) -> dict[str, Any]:
     needed = {"task", "doc_to_text", "doc_to_target"} - task.keys()
     if needed:
         raise UserError(f"{path}: {', '.join(sorted(needed))} is missing", "docs/evaluate.md shows a task")
+    for metric in task.get("metric_list") or []:
+        name = metric.get("metric")
+        known = "process_results" in task or metric.get("hf_evaluate") or not isinstance(name, str)
+        if not known and name not in metric_registry:
+            raise UserError(f'{path}: metric "{name}" is unknown{nearest(name, metric_registry)}', "mend it")
     files = (task.get("dataset_kwargs") or {}).get("data_files")
     if isinstance(files, dict):
         for split, name in files.items():
-            if isinstance(name, str) and not Path(name).is_file():
-                beside = path.parent / name
-                if not beside.is_file():
-                    raise UserError(f"{path}: the {split} file {name} is missing", "mend its path")
-                files[split] = str(beside)
+            places = [Path(name), path.parent / name, path.parent / Path(name).name]
+            found = next((place for place in places if place.is_file()), None)
+            if found is None:
+                raise UserError(f"{path}: the {split} file {name} is missing", "mend its path")
+            files[split] = str(found)
     return task
 
 

@@ -11,6 +11,7 @@ from danlu.papers.protocol import Result, print_result, write_result
 
 EXPERIMENTS = {
     "compression": "danlu.papers.compression:run",
+    "few-shot": "danlu.papers.few_shot:run",
     "inverse-prompting": "danlu.papers.inverse_prompting:run",
     "lora": "danlu.papers.lora:run",
     "nucleus": "danlu.papers.nucleus:run",

