@@ -279,6 +279,19 @@ VERBS = [
         examples=("eval tasks",),
     ),
     Verb(
+        "eval annotate",
+        "danlu.evaluate.annotate:annotate",
+        "danlu.evaluate.config:AnnotateConfig",
+        "A page on which people label texts or compare answers, and how far they agree.",
+        positional=("items",),
+        extra="serve",
+        group=_MEASURE,
+        examples=(
+            "eval annotate texts.jsonl --labels good bad",
+            "eval annotate answers.jsonl --kind pair --export judged.jsonl",
+        ),
+    ),
+    Verb(
         "eval diff",
         "danlu.evaluate.diff:diff",
         "danlu.evaluate.config:DiffConfig",

@@ -78,3 +78,22 @@ class DiffConfig(Config):
     a: Path = Field(description="folder of the first evaluation")
     b: Path = Field(description="folder of the second")
     page: Path = Field(Path("diff.html"), description="where the page with what changed goes")
+
+
+class AnnotateConfig(Config):
+    """`danlu eval annotate`: people label texts, or compare answers, on a page."""
+
+    items: Path = Field(description="JSONL: text; prompt, a, b; two conversations a, b; or context, response")
+    kind: Literal["label", "pair", "acute", "ssa"] = Field(
+        "label",
+        description="one label a text; the better of two answers, or of two conversations; sense of a reply",
+    )
+    labels: tuple[str, ...] = Field((), description="for label: what there is to choose from")
+    question: str = Field("", description="asked about each item; default: the kind's own")
+    guideline: str = Field("", description="shown above each item")
+    db: Path | None = Field(
+        None, description="file that answers are kept in; default: beside the items, .sqlite"
+    )
+    export: Path | None = Field(None, description="JSONL that all answers are written to at the end")
+    host: str = Field("127.0.0.1", description="address to listen at")
+    port: int = Field(8001, ge=0, le=65535, description="0 = any free one")
