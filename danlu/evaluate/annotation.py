@@ -3,8 +3,8 @@
 Four kinds of question. `label`: one of some labels of a text. `pair`: which of two answers to a prompt is
 better, or neither; a rater doesn't see whose they are, and in which order they stand is drawn. `acute`: the
 same of two whole conversations (ACUTE-Eval, Li et al. 2019). `ssa`: whether a reply makes sense, and whether
-it is specific (Adiwardana et al. 2020, "Towards a Human-like Open-Domain Chatbot": sensibleness and specificity
-average); what makes no sense counts as not specific.
+it is specific (Adiwardana et al. 2020, "Towards a Human-like Open-Domain Chatbot": the average of both
+shares); what makes no sense counts as not specific.
 """
 
 import hashlib
