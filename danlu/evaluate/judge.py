@@ -1,8 +1,8 @@
 """A model as judge of answers: one of two, or a grade.
 
 Zheng et al. 2023, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena". Which answer stands first sways a
-judge, so every pair is judged in both orders, and who doesn't win both has drawn (section 3.4). Longer answers
-win more often, so a win rate can be asked for at equal lengths (Dubois et al. 2024, "Length-Controlled
+judge, so every pair is judged in both orders, and who doesn't win both has drawn (section 3.4). Longer
+answers win more often, so a win rate can be had at equal lengths (Dubois et al. 2024, "Length-Controlled
 AlpacaEval"). Prompts are data: our own stand below, and FastChat's file of them is read as it is.
 """
 
@@ -39,8 +39,8 @@ class JudgePrompt:
 
 PAIR = JudgePrompt(
     "You compare two answers to a question. Judge how helpful, correct and complete each is. Neither their "
-    "order nor their length matters. First say in a few sentences what speaks for and against each. Then end with "
-    "[[A]] if the first is better, [[B]] if the second is, [[C]] if neither is.",
+    "order nor their length matters. First say in a few sentences what speaks for and against each. Then end "
+    "with [[A]] if the first is better, [[B]] if the second is, [[C]] if neither is.",
     "Question:\n{question}\n\nFirst answer:\n{answer_a}\n\nSecond answer:\n{answer_b}",
 )
 SINGLE = JudgePrompt(
