@@ -224,6 +224,6 @@ def agreement(answers: Sequence[dict[str, Any]], read: Any) -> dict[str, float |
         found["fleiss_kappa"] = fleiss_kappa(labels)
     raters = sorted({rater for by_rater in several for rater in by_rater})
     if len(raters) == 2:
-        one, other = ([by_rater[rater] for by_rater in several] for rater in raters)
-        found["cohen_kappa"] = cohen_kappa(one, other)
+        first, second = ([by_rater[rater] for by_rater in several] for rater in raters)
+        found["cohen_kappa"] = cohen_kappa(first, second)
     return found

@@ -83,8 +83,6 @@ class EngineLM(TemplateLM):
     def __init__(self, engine: Engine, max_gen_toks: int = 256) -> None:
         super().__init__()
         self.engine, self.max_gen_toks = engine, max_gen_toks
-        self.n_cut = 0
-        """Contexts that were too long, and lost their beginnings."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -161,9 +159,15 @@ class EngineLM(TemplateLM):
                 "take a model that reads more, or leave the task out",
             )
         if len(context) > room:
-            self.n_cut += 1
             logger.warning("a context of %d tokens is cut on the left to %d", len(context), room)
         return context[-room:], continuation
+
+    def is_cut(self, context: str, asked: str | dict[str, Any]) -> bool:
+        """Whether a request, a continuation or how to generate, needs more than the model reads."""
+        if isinstance(asked, str):
+            return len(self.tok_encode(context + asked)) > self.max_length + 1
+        longest = generation_settings(asked, self.max_gen_toks)["max_gen_toks"]
+        return len(self.tok_encode(context)) > self.max_length - longest
 
     def loglikelihood_rolling(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts; a long one in windows, each with all the context that fits."""
@@ -214,7 +218,6 @@ class EngineLM(TemplateLM):
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         for ids in prompts:
             if len(ids) > room:
-                self.n_cut += 1
                 logger.warning("a context of %d tokens is cut on the left to %d", len(ids), room)
         special = self.tokenizer.special_ids
         stops = {special[name] for name in (self.tokenizer.eos, *until) if name in special}

@@ -23,7 +23,7 @@ from danlu.core.errors import UserError
 from danlu.core.files import atomic_write
 from danlu.core.progress import clock
 from danlu.core.show import console, table
-from danlu.evaluate.card import calibration, is_choice, write_card
+from danlu.evaluate.card import arguments, calibration, is_choice, write_card
 from danlu.evaluate.config import EvalConfig, TasksConfig
 from danlu.evaluate.harness import (
     EngineLM,
@@ -75,7 +75,7 @@ def run_tasks(config: EvalConfig) -> dict[str, Any]:
     result = {
         "scores": [score for name, rows in samples.items() for score in scores_of(name, rows, found)],
         "calibration": {name: calibration(rows) for name, rows in samples.items() if is_choice(rows[0])},
-        "cut_contexts": getattr(model, "n_cut", 0),
+        "cut_contexts": _n_cut(model, samples),
         "seconds": time.monotonic() - begin,
     }
     about = {"model": str(config.model), "summary": summary(config, result)}
@@ -83,12 +83,26 @@ def run_tasks(config: EvalConfig) -> dict[str, Any]:
     return {**result, "report": str(config.out / "report.html")}
 
 
+def _n_cut(model: Any, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
+    """Contexts that lost their beginnings, also those whose answers were kept; a server refuses them."""
+    if not isinstance(model, EngineLM):
+        return 0
+    asked = {
+        (task, row["doc_id"], number): one
+        for task, rows in samples.items()
+        for row in rows
+        for number, one in enumerate(arguments(row))
+    }
+    return sum(model.is_cut(one[0], one[1]) for one in asked.values())
+
+
 def summary(config: EvalConfig, result: Mapping[str, Any]) -> list[str]:
     """What matters, in sentences."""
     scores = result["scores"]
-    n = sum(score["n"] for score in {score["task"]: score for score in scores}.values())
+    by_task = {score["task"]: score for score in scores}
+    n = sum(score["n"] for score in by_task.values())
     asked = "through its chat template" if config.chat else "as text"
-    told = [f"{n:,} questions of {len(config.tasks)} tasks, asked {asked}, in {clock(result['seconds'])}."]
+    told = [f"{n:,} questions of {len(by_task)} tasks, asked {asked}, in {clock(result['seconds'])}."]
     if lost := [f"{score['task']} ({score['metric']})" for score in scores if score["at_chance"]]:
         told.append(f"No better than guessing: {', '.join(lost)}.")
     if result["cut_contexts"]:
