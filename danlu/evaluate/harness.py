@@ -27,8 +27,9 @@ from danlu.tokens.chat import render_text
 from danlu.tokens.tokenizer import Tokenizer
 
 try:
-    from lm_eval import simple_evaluate
-    from lm_eval.api.model import TemplateLM
+    from lm_eval import __version__ as lm_eval_version
+    from lm_eval import evaluate
+    from lm_eval.api.model import CachingLM, TemplateLM
     from lm_eval.api.registry import metric_registry, register_model
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
@@ -41,7 +42,16 @@ try:
 except ImportError as error:
     raise UserError(f"lm-eval can't be imported: {error}", "pip install 'danlu[eval]'") from None
 
-__all__ = ["EngineLM", "TaskManager", "TemplateLM", "load_yaml", "metric_registry", "simple_evaluate"]
+__all__ = [
+    "CachingLM",
+    "EngineLM",
+    "TaskManager",
+    "TemplateLM",
+    "evaluate",
+    "lm_eval_version",
+    "load_yaml",
+    "metric_registry",
+]
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

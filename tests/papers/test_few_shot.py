@@ -20,8 +20,8 @@ class Oracle:
 
     def generate(self, prompts: list[str], params: Any, progress: str = "") -> list[Completion]:
         self.prompts += prompts
-        known = {question: answer for task in tasks(0) for question, answer in task.pairs}
-        return [self._answer(text, known) for text in prompts]
+        known = {task.says: dict(task.pairs) for task in tasks(0)}
+        return [self._answer(text, known[text.partition("\n")[0]]) for text in prompts]
 
     def _answer(self, text: str, known: dict[str, str]) -> Completion:
         """Right where the examples show the task, and none of them is wrong."""
