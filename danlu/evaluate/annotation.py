@@ -9,6 +9,7 @@ shares); what makes no sense counts as not specific.
 
 import hashlib
 import json
+import math
 import random
 import sqlite3
 import threading
@@ -219,11 +220,16 @@ def agreement(answers: Sequence[dict[str, Any]], read: Any) -> dict[str, float |
     if not several:
         return found
     labels = [[*by_rater.values()] for by_rater in several]
-    found["krippendorff_alpha"] = krippendorff_alpha(labels)
+    found["krippendorff_alpha"] = _number(krippendorff_alpha(labels))
     if len({len(own) for own in labels}) == 1:
-        found["fleiss_kappa"] = fleiss_kappa(labels)
+        found["fleiss_kappa"] = _number(fleiss_kappa(labels))
     raters = sorted({rater for by_rater in several for rater in by_rater})
     if len(raters) == 2:
         first, second = ([by_rater[rater] for by_rater in several] for rater in raters)
-        found["cohen_kappa"] = cohen_kappa(first, second)
+        found["cohen_kappa"] = _number(cohen_kappa(first, second))
     return found
+
+
+def _number(value: float) -> float | None:
+    """None where all said the same: chance could have got nothing wrong."""
+    return None if math.isnan(value) else value

@@ -101,6 +101,16 @@ def test_agreement_is_that_of_the_measures(study: Callable[..., Study]) -> None:
     assert found["krippendorff_alpha"] is not None
 
 
+def test_where_all_say_the_same_there_is_no_agreement_beyond_chance(study: Callable[..., Study]) -> None:
+    kept = study("label", ("yes", "no"), [{"text": "a"}, {"text": "b"}])
+    for rater in ("Ann", "Bob"):
+        for item in range(2):
+            kept.answer(rater, item, "yes", 1)
+    found = kept.result()["agreement"]
+    assert found["krippendorff_alpha"] is found["fleiss_kappa"] is found["cohen_kappa"] is None
+    json.dumps(kept.result(), allow_nan=False)
+
+
 def test_sensibleness_and_specificity(study: Callable[..., Study]) -> None:
     rows = [{"context": "Hi", "response": str(n)} for n in range(4)]
     kept = study("ssa", (), rows)
