@@ -79,8 +79,9 @@ class EngineLM(TemplateLM):
             raise UserError(f"model_args has {unknown[0]}", f"known: {', '.join(sorted(known))}")
         if "pretrained" not in arg_dict:
             raise UserError("model_args names no model", "--model_args pretrained=MODEL")
-        device = arg_dict.get("device") or (additional_config or {}).get("device") or "auto"
-        where = "cuda" if str(device).startswith("cuda") else str(device)
+        # The harness says cuda:0 where nothing was said, and means a GPU if there is one.
+        usual = "cpu" if (additional_config or {}).get("device") == "cpu" else "auto"
+        where = str(arg_dict.get("device", usual)).partition(":")[0]
         model, tokenizer, kind = load_for_engine(
             str(arg_dict["pretrained"]), arg_dict.get("dtype", "auto"), where
         )
@@ -263,7 +264,7 @@ def generation_settings(settings: dict[str, Any], max_gen_toks: int) -> dict[str
 
 
 def lm_eval_command() -> None:
-    """The harness's own command line, `lm_eval`, which knows `--model danlu` too."""
+    """The harness's own command line, which knows `--model danlu` too."""
     from lm_eval.__main__ import cli_evaluate
 
     try:
@@ -271,3 +272,7 @@ def lm_eval_command() -> None:
     except UserError as error:
         print(f"danlu: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    lm_eval_command()
