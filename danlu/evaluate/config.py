@@ -5,11 +5,11 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from danlu.core.config import Config, InputPath, StageConfig
+from danlu.core.config import Config, InputMark, InputPath, StageConfig
 
 
 class CompressConfig(Config):
@@ -34,7 +34,9 @@ class DecompressConfig(Config):
 class EvalConfig(StageConfig):
     """`danlu eval`: benchmarks, bits per byte against other compressors, and the quality of small talk."""
 
-    model: InputPath | None = Field(None, description="model that is asked, or scored on the held-out text")
+    model: Annotated[str, InputMark()] | None = Field(
+        None, description="model that is asked, or scored on the held-out text"
+    )
     tasks: tuple[str, ...] = Field(
         (),
         description="benchmarks: names (danlu eval tasks lists them), patterns, or YAML files of one's own",

@@ -52,7 +52,7 @@ def required(data: Path | None) -> Path:
     return data
 
 
-def compression_scores(ref: Path, data: Path) -> dict[str, Any]:
+def compression_scores(ref: str, data: Path) -> dict[str, Any]:
     """Bits per byte of the held-out text under the model and under other compressors."""
     text, training = plain_text(data / "held_out.jsonl.zst"), plain_text(data / "train.jsonl.zst")
     model, tokenizer = danlu.load(ref, dtype=torch.float32)

@@ -27,7 +27,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, noise in (("a", 0.1), ("b", 0.2)):
         model = save_random_model(folder / f"model-{name}", tokenizer, noise=noise)
         options: dict[str, Any] = {"tasks": (str(FURNACE),), "dtype": "float32", "cache": False}
-        evaluate(EvalConfig(model=model, out=folder / name, **options))
+        evaluate(EvalConfig(model=str(model), out=folder / name, **options))
     diff(DiffConfig(a=folder / "a", b=folder / "b", page=folder / "diff.html"))
     return folder
 

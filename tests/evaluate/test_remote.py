@@ -50,9 +50,9 @@ def logprobs(folder: Path) -> list[float]:
 
 def test_over_http_the_numbers_are_the_same(saved: Path, port: int, tmp_path: Path) -> None:
     common: dict[str, Any] = {"tasks": (str(FURNACE),), "dtype": "float32"}
-    here = evaluate(EvalConfig(model=saved, out=tmp_path / "here", **common))
+    here = evaluate(EvalConfig(model=str(saved), out=tmp_path / "here", **common))
     url = f"http://127.0.0.1:{port}/v1"
-    there = evaluate(EvalConfig(model=Path("random"), url=url, out=tmp_path / "there", **common))
+    there = evaluate(EvalConfig(model="random", url=url, out=tmp_path / "there", **common))
     assert logprobs(tmp_path / "there") == pytest.approx(logprobs(tmp_path / "here"), abs=1e-4)
     assert there["scores"] == here["scores"]
 

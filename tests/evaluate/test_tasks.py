@@ -35,7 +35,7 @@ def run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
     def run(tasks: Any = FURNACE, **options: Any) -> dict[str, Any]:
         values = {"out": tmp_path / "out", "dtype": "float32", "tasks": (str(tasks),), **options}
-        return evaluate(EvalConfig(model=model, **values))
+        return evaluate(EvalConfig(model=str(model), **values))
 
     return run
 
