@@ -121,7 +121,8 @@ def summary(config: EvalConfig, result: Mapping[str, Any]) -> list[str]:
     by_task = {score["task"]: score for score in scores}
     n = sum(score["n"] for score in by_task.values())
     asked = "through its chat template" if config.chat else "as text"
-    told = [f"{n:,} questions of {len(by_task)} tasks, asked {asked}, in {clock(result['seconds'])}."]
+    of = "one task" if len(by_task) == 1 else f"{len(by_task)} tasks"
+    told = [f"{n:,} questions of {of}, asked {asked}, in {clock(result['seconds'])}."]
     if lost := [f"{score['task']} ({score['metric']})" for score in scores if score["at_chance"]]:
         told.append(f"No better than guessing: {', '.join(lost)}.")
     if result["cut_contexts"]:
