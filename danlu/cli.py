@@ -287,7 +287,7 @@ VERBS = [
         extra="serve",
         group=_MEASURE,
         examples=(
-            "eval annotate texts.jsonl --labels good bad",
+            "eval annotate texts.jsonl --labels good,bad",
             "eval annotate answers.jsonl --kind pair --export judged.jsonl",
         ),
     ),

@@ -80,7 +80,7 @@ class Study:
         make_folder(path.parent)
         self.path, self.kind, self.labels = path, kind, tuple(labels)
         if kind == "label" and len(set(labels)) < 2:
-            raise UserError("labels are missing", "name at least two: --labels good bad")
+            raise UserError("labels are missing", "name at least two: --labels good,bad")
         self._lock = threading.Lock()
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)

@@ -3,13 +3,18 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from danlu.core.config import Config, InputMark, InputPath, StageConfig
+
+
+def apart(values: Sequence[str]) -> tuple[str, ...]:
+    """One text with commas is several values."""
+    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
 
 
 class CompressConfig(Config):
@@ -39,7 +44,7 @@ class EvalConfig(StageConfig):
     )
     tasks: tuple[str, ...] = Field(
         (),
-        description="benchmarks: names (danlu eval tasks lists them), patterns, or YAML files of one's own",
+        description="benchmarks, commas between: names (danlu eval tasks lists them), patterns, YAML files",
     )
     num_fewshot: int | None = Field(
         None, ge=0, description="examples before each question; default: what the task says, else none"
@@ -59,6 +64,8 @@ class EvalConfig(StageConfig):
         None, description="output folder of `danlu tokenize` with kind=chat, for the losses on replies"
     )
     conversations: int = Field(200, ge=2, description="held-out conversations in the losses on replies")
+
+    _apart = field_validator("tasks")(apart)
 
 
 def evaluation_folder(values: Mapping[str, Any]) -> str | None:
@@ -90,7 +97,7 @@ class AnnotateConfig(Config):
         "label",
         description="one label a text; the better of two answers, or of two conversations; sense of a reply",
     )
-    labels: tuple[str, ...] = Field((), description="for label: what there is to choose from")
+    labels: tuple[str, ...] = Field((), description="for label: what there is to choose from, commas between")
     question: str = Field("", description="asked about each item; default: the kind's own")
     guideline: str = Field("", description="shown above each item")
     db: Path | None = Field(
@@ -99,3 +106,5 @@ class AnnotateConfig(Config):
     export: Path | None = Field(None, description="JSONL that all answers are written to at the end")
     host: str = Field("127.0.0.1", description="address to listen at")
     port: int = Field(8001, ge=0, le=65535, description="0 = any free one")
+
+    _apart = field_validator("labels")(apart)

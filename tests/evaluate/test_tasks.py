@@ -73,6 +73,7 @@ def test_scores_samples_and_the_page(run: Callable[..., dict[str, Any]], tmp_pat
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.slow
 def test_what_was_answered_is_not_asked_again(
     run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +87,7 @@ def test_what_was_answered_is_not_asked_again(
     assert counts == [96, 96]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(
     run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

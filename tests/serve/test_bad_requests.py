@@ -33,6 +33,8 @@ from danlu.serve.app import App
 from danlu.web import guard, server
 from danlu.web.guard import Guard
 
+pytestmark = pytest.mark.slow
+
 CHAT, COMPLETE, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 TOKENIZE, DETOKENIZE, MARKDOWN, PREFER = "/tokenize", "/detokenize", "/page/markdown", "/page/preference"
 SECONDS = 10.0

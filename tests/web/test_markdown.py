@@ -303,6 +303,7 @@ PATHOLOGICAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", PATHOLOGICAL)
 def test_every_text_is_rendered_soon(kind: str) -> None:
