@@ -58,9 +58,9 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     return Quickstart(cwd, (cwd / "stdout").read_text(), seconds, peak)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A real one, for the pages."""
+    """A real one, for the pages of a module: while it is there, nothing else can run an event loop."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed")
