@@ -3,6 +3,7 @@
 import json
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,16 +145,17 @@ def test_a_full_disk_is_told() -> None:
     assert "free some space" in found.value.remedy
 
 
-@pytest.fixture
+@contextmanager
 def at_most_4096_bytes() -> Iterator[None]:
     """No file may become larger: a write that goes beyond is done in part, then fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:  # at once: what pytest reports may go into a file too
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("at_most_4096_bytes")
 @pytest.mark.parametrize("size", [200, 3900, 9000, 100_000])
 def test_a_row_that_does_not_fit_leaves_the_file_as_it_was(size: int, tmp_path: Path) -> None:
     """Below and above what Python's files keep back before they write."""
@@ -162,7 +164,7 @@ def test_a_row_that_does_not_fit_leaves_the_file_as_it_was(size: int, tmp_path: 
     before = file.read_bytes()
     file.write_bytes(before * (4000 // len(before)))
     before = file.read_bytes()
-    with pytest.raises((OSError, UserError)):
+    with pytest.raises((OSError, UserError)), at_most_4096_bytes():
         append_preference(file, {**JUDGED, "completion": [{**YES, "content": "x" * size}]})
     assert file.read_bytes() == before
 
