@@ -302,6 +302,15 @@ VERBS = [
         examples=("eval diff runs/before runs/after",),
     ),
     Verb(
+        "eval gopher",
+        "danlu.evaluate.gopher:run",
+        "danlu.evaluate.config:GopherConfig",
+        "Gopher's 152 tasks, and what more parameters bring, by category.",
+        show="danlu.evaluate.gopher:show",
+        group=_MEASURE,
+        examples=("eval gopher", "eval gopher --models runs/small,runs/large --each 50"),
+    ),
+    Verb(
         "reproduce",
         "danlu.papers.reproduce:reproduce",
         "danlu.papers.config:ReproduceConfig",

@@ -89,6 +89,19 @@ class DiffConfig(Config):
     page: Path = Field(Path("diff.html"), description="where the page with what changed goes")
 
 
+class GopherConfig(Config):
+    """`danlu eval gopher`: 152 tasks, and what size brings to them, by category."""
+
+    models: tuple[str, ...] = Field(
+        (), description="models of at least two sizes, commas between; none = list"
+    )
+    each: int = Field(20, ge=5, description="questions of each task at most")
+    seed: int = Field(0, ge=0, description="which questions are drawn")
+    plot: Path = Field(Path("gopher.png"), description="where the plot goes")
+
+    _apart = field_validator("models")(apart)
+
+
 class AnnotateConfig(Config):
     """`danlu eval annotate`: people label texts, or compare answers, on a page."""
 

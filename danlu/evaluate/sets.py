@@ -71,9 +71,9 @@ def rows(
     """
     import datasets
 
-    test = list(_read(source, form, broken))
+    test = list(read_set(source, form, broken))
     if examples:
-        shots = list(_read(examples, form))
+        shots = list(read_set(examples, form))
     else:
         shots, test = test[:shown], test[shown:]
     if not test:
@@ -82,7 +82,8 @@ def rows(
     return datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in splits.items()})
 
 
-def _read(source: str, form: str, broken: Sequence[int] = ()) -> Iterator[Row]:
+def read_set(source: str, form: str, broken: Sequence[int] = ()) -> Iterator[Row]:
+    """All rows of a source in our columns. Raises UserError, with the place of a row that is none."""
     if form not in FORMS:
         raise UserError(f'form "{form}" is unknown', f"one of {', '.join(FORMS)}")
     source, _, inside = source.partition("!")
@@ -101,7 +102,7 @@ def _read(source: str, form: str, broken: Sequence[int] = ()) -> Iterator[Row]:
 def _raw(path: Path, inside: str) -> Iterator[tuple[str, Any]]:
     """Rows of JSONL or CSV; of an archive those of the files whose names match `inside`."""
     if inside:
-        for name, text in _files(path, inside):
+        for name, text in archive_files(path, inside):
             stem = Path(name).stem
             if name.endswith(".json"):
                 yield f"{path}, {name}", (stem, json.loads(text))
@@ -117,7 +118,7 @@ def _raw(path: Path, inside: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}, line {number}", row
 
 
-def _files(path: Path, pattern: str) -> Iterator[tuple[str, str]]:
+def archive_files(path: Path, pattern: str) -> Iterator[tuple[str, str]]:
     """Names and texts of an archive's files, in the order of their names."""
     with os_errors(path), tarfile.open(path) as archive:
         for member in sorted(archive.getmembers(), key=lambda one: one.name):
@@ -268,7 +269,7 @@ def _bbh(row: tuple[str, Mapping[str, Any]]) -> Iterable[Row]:
 def _bbh_prompts() -> dict[str, str]:
     """By task, without the notice above them."""
     path = located("data:bbh/cot-prompts.tar.gz")
-    texts = {Path(name).stem: text for name, text in _files(path, r"\.txt$")}
+    texts = {Path(name).stem: text for name, text in archive_files(path, r"\.txt$")}
     return {name: text.partition("-----\n")[2].strip() for name, text in texts.items()}
 
 

@@ -10,12 +10,16 @@ from danlu.papers.config import ReproduceConfig
 from danlu.papers.protocol import Result, print_result, write_result
 
 EXPERIMENTS = {
+    "annollm": "danlu.papers.annollm:run",
+    "chain-of-thought": "danlu.papers.chain_of_thought:run",
     "compression": "danlu.papers.compression:run",
     "few-shot": "danlu.papers.few_shot:run",
+    "gopher": "danlu.papers.gopher:run",
     "inverse-prompting": "danlu.papers.inverse_prompting:run",
     "lora": "danlu.papers.lora:run",
     "nucleus": "danlu.papers.nucleus:run",
     "opt-logbook": "danlu.papers.opt_logbook:run",
+    "self-consistency": "danlu.papers.self_consistency:run",
 }
 """name: "module:function", which takes (config, folder) and returns a protocol.Result."""
 

@@ -99,7 +99,7 @@ def test_what_is_not_there_is_said(
 
 @needs_data
 def test_mmlu_has_all_questions_with_five_examples_of_their_subject() -> None:
-    found = list(sets._read("data:mmlu/data.tar.gz!/test/", "mmlu"))
+    found = list(sets.read_set("data:mmlu/data.tar.gz!/test/", "mmlu"))
     assert len(found) == 14_042 + 37  # the paper's count, and what the repository has more
     assert len({row["subject"] for row in found}) == 57
     assert all(row["examples"].count("Answer:") == 5 for row in found)
@@ -108,13 +108,13 @@ def test_mmlu_has_all_questions_with_five_examples_of_their_subject() -> None:
 @needs_data
 def test_bbh_s_prompts_are_those_that_its_stored_outputs_were_made_with() -> None:
     """27 tasks, 6,511 questions; the direct prompts are the chains without their steps."""
-    found = list(sets._read(r"data:bbh/bbh.tar.gz!\.json$", "bbh"))
+    found = list(sets.read_set(r"data:bbh/bbh.tar.gz!\.json$", "bbh"))
     first = {row["subject"]: row for row in reversed(found)}
     assert (len(found), len(first)) == (6511, 27)
     typos = {"date_understanding", "snarks", "tracking_shuffled_objects_three_objects"}
     for kind, prompt, end in (("cot", "chain", " Let's think step by step."), ("direct", "direct", "")):
         stored = dict(
-            sets._files(located("data:bbh/code-davinci-002-outputs.tar.gz"), rf"-{kind}/.*000\.json$")
+            sets.archive_files(located("data:bbh/code-davinci-002-outputs.tar.gz"), rf"-{kind}/.*000\.json$")
         )
         assert len(stored) == 27
         for name, text in stored.items():
@@ -129,7 +129,9 @@ def test_bbh_s_prompts_are_those_that_its_stored_outputs_were_made_with() -> Non
 @pytest.mark.parametrize(("kind", "published"), [("cot", 73.71), ("direct", 52.76)])
 def test_bbh_s_stored_outputs_score_as_published(kind: str, published: float) -> None:
     """A real model's answers: the mean over the 27 tasks."""
-    stored = dict(sets._files(located("data:bbh/code-davinci-002-outputs.tar.gz"), rf"-{kind}/.*000\.json$"))
+    stored = dict(
+        sets.archive_files(located("data:bbh/code-davinci-002-outputs.tar.gz"), rf"-{kind}/.*000\.json$")
+    )
     scores = []
     for text in stored.values():
         outputs = json.loads(text)["outputs"]
