@@ -96,6 +96,8 @@ def _item(row: Sample, prompt: str) -> dict[str, Any]:
         "right": score,
         "subject": row["doc"].get("subject", ""),
     }
+    if thoughts := row.get("thoughts"):
+        found["thoughts"] = thoughts
     if is_choice(row):
         logprobs = choice_logprobs(row)
         choices = [str(one[1]) for one in arguments(row)]

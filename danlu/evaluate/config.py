@@ -36,6 +36,29 @@ class DecompressConfig(Config):
     model: str = Field("", description="the model that it was compressed with (none for --online)")
 
 
+class Prompting(Config):
+    """How a task is asked, beside its own way; see `danlu.evaluate.prompting` for the papers."""
+
+    method: Literal["direct", "zero-shot-cot", "least-to-most"] = Field(
+        "direct", description="think before each answer (zero-shot-cot), or by smaller questions first"
+    )
+    votes: int = Field(
+        1, ge=1, description="self-consistency: so many answers are drawn, the majority counts"
+    )
+    vote: Literal["all", "longest"] = Field(
+        "all", description="who votes: all, or the longest half of the chains"
+    )
+    temperature: float = Field(0.7, gt=0, description="of drawn answers")
+    thought_tokens: int = Field(200, ge=1, description="longest thought")
+    examples: Literal["task", "first", "random", "nearest", "complex"] = Field(
+        "task", description="which examples: as the task says, …, the most like the question, with most steps"
+    )
+    calibrate: Literal["none", "pmi", "contextual"] = Field(
+        "none",
+        description="choices: over their likelihood behind the last line only, or without the question",
+    )
+
+
 class EvalConfig(StageConfig):
     """`danlu eval`: benchmarks, bits per byte against other compressors, and the quality of small talk."""
 
@@ -51,6 +74,7 @@ class EvalConfig(StageConfig):
     )
     limit: int = Field(0, ge=0, description="only the first questions of each task; 0 = all")
     chat: bool = Field(False, description="ask through the model's chat template")
+    prompting: Prompting = Field(Prompting(), description="another way of asking than the task's own")
     dtype: Literal["auto", "float32", "bf16", "int8", "int4"] = Field(
         "auto",
         description="of the weights that tasks are computed with: auto is bf16 where the hardware has it",

@@ -14,7 +14,7 @@ import logging
 import sys
 from collections import Counter, defaultdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 
@@ -29,8 +29,10 @@ from danlu.tokens.tokenizer import Tokenizer
 try:
     from lm_eval import __version__ as lm_eval_version
     from lm_eval import evaluate
-    from lm_eval.api.model import CachingLM, TemplateLM
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM, CachingLM, TemplateLM
     from lm_eval.api.registry import metric_registry, register_model
+    from lm_eval.api.samplers import ContextSampler
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -43,8 +45,11 @@ except ImportError as error:
     raise UserError(f"lm-eval can't be imported: {error}", "pip install 'danlu[eval]'") from None
 
 __all__ = [
+    "LM",
     "CachingLM",
+    "ContextSampler",
     "EngineLM",
+    "Instance",
     "TaskManager",
     "TemplateLM",
     "evaluate",
@@ -52,9 +57,6 @@ __all__ = [
     "load_yaml",
     "metric_registry",
 ]
-
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
 
 logger = logging.getLogger(__name__)
 

@@ -38,6 +38,7 @@ from danlu.evaluate.harness import (
     metric_registry,
 )
 from danlu.evaluate.intervals import bootstrap_interval, wilson_interval
+from danlu.evaluate.prompting import Prompter, choose_examples
 from danlu.evaluate.sets import located
 from danlu.generate.engine import Engine
 from danlu.generate.generate import load_for_engine
@@ -55,9 +56,24 @@ def run_tasks(config: EvalConfig) -> dict[str, Any]:
         for name, task in loaded["tasks"].items():
             _set_shots(task, config)
             check_task(name, task)
+            choose_examples(task, config.prompting.examples)
+        if (
+            config.url
+            and config.chat
+            and config.prompting.model_dump(exclude_defaults=True).keys() - {"examples"}
+        ):
+            raise UserError(
+                "a server renders conversations itself: what the model thinks can't be put behind them",
+                "leave out --chat or the prompting, or evaluate the model at hand",
+            )
         model = model_of(config)
-        found = _asked(model, loaded, config)
+        kept: Any = CachingLM(model, f"{_cache(config)}.db") if config.cache else model
+        prompter = Prompter(kept, loaded["tasks"], config.prompting)
+        found = _asked(prompter if prompter.differs else kept, loaded, config)
     samples: dict[str, list[dict[str, Any]]] = found.pop("samples")
+    for row in (row for rows in samples.values() for row in rows):
+        if thoughts := prompter.thoughts.get(str(arguments(row)[0][0])):
+            row["thoughts"] = thoughts
     for name, rows in samples.items():
         with atomic_write(config.out / f"samples_{name}.jsonl") as file:
             for row in rows:
@@ -67,7 +83,7 @@ def run_tasks(config: EvalConfig) -> dict[str, Any]:
     result = {
         "scores": [score for name, rows in samples.items() for score in scores_of(name, rows, found)],
         "calibration": {name: calibration(rows) for name, rows in samples.items() if is_choice(rows[0])},
-        "cut_contexts": _n_cut(model, samples),
+        "cut_contexts": _n_cut(model, samples) + prompter.cut,
         "seconds": time.monotonic() - begin,
     }
     about = {"model": str(config.model), "summary": summary(config, result)}
@@ -85,13 +101,13 @@ def _set_shots(task: Any, config: EvalConfig) -> None:
     task.set_fewshot_seed(seed=config.seed)
 
 
-def _asked(model: Any, loaded: Any, config: EvalConfig) -> dict[str, Any]:
+def _asked(lm: Any, loaded: Any, config: EvalConfig) -> dict[str, Any]:
     """The harness's results. Its `simple_evaluate` would spend seconds on a description of the machine."""
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
     found: Any = evaluate(
-        lm=CachingLM(model, f"{_cache(config)}.db") if config.cache else model,
+        lm=lm,
         task_dict=loaded,
         limit=config.limit or None,
         bootstrap_iters=0,
@@ -99,7 +115,8 @@ def _asked(model: Any, loaded: Any, config: EvalConfig) -> dict[str, Any]:
         fewshot_as_multiturn=config.chat,
     )
     about = {"model": str(config.model), "limit": config.limit or None, "seed": config.seed}
-    return {**found, "config": {**about, "dtype": config.dtype}, "lm_eval_version": lm_eval_version}
+    how = {"dtype": config.dtype, "prompting": config.prompting.model_dump()}
+    return {**found, "config": {**about, **how}, "lm_eval_version": lm_eval_version}
 
 
 def _n_cut(model: Any, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
@@ -121,6 +138,8 @@ def summary(config: EvalConfig, result: Mapping[str, Any]) -> list[str]:
     by_task = {score["task"]: score for score in scores}
     n = sum(score["n"] for score in by_task.values())
     asked = "through its chat template" if config.chat else "as text"
+    if changed := config.prompting.model_dump(exclude_defaults=True):
+        asked += f" ({', '.join(f'{key} {value}' for key, value in changed.items())})"
     of = "one task" if len(by_task) == 1 else f"{len(by_task)} tasks"
     told = [f"{n:,} questions of {of}, asked {asked}, in {clock(result['seconds'])}."]
     if lost := [f"{score['task']} ({score['metric']})" for score in scores if score["at_chance"]]:

