@@ -2,11 +2,11 @@
 
     python benchmarks/tasks.py [--questions 300] [--shots 5] [--no-generation] [--http] [--json FILE]
 
-The tasks are danlu's packs of MMLU, PIQA, BoolQ, OpenBookQA, CommonsenseQA and TruthfulQA (mc1), with examples
-before each question; the harness builds the requests, once for both, and both compute in float32. The `hf`
-backend is given its best of batches of 1, 8 and 32, found on 20 questions of each task. Each task is asked of
-both by turns, each in a process of its own that sleeps while the other works; danlu is handed all requests of a
-task.
+The tasks are danlu's packs of MMLU, PIQA, BoolQ, OpenBookQA, CommonsenseQA and TruthfulQA (mc1), with
+examples before each question; the harness builds the requests, once for both, and both compute in float32.
+The `hf` backend is given its best of batches of 1, 8 and 32, found on 20 questions of each task. Each task is
+asked of both by turns, each in a process of its own that sleeps while the other works; danlu is handed all
+requests of a task.
 
 Compared are the log-likelihoods, the decisions where the best two choices are further apart than 2e-3, and
 the times. Without examples, and over HTTP (danlu only, scores compared), it is reported; ASDiv, which is

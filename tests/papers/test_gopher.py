@@ -62,11 +62,13 @@ def test_news_and_conversations_are_mixed() -> None:
 
 @needs_data
 @pytest.mark.slow
-def test_it_runs_to_its_end(tmp_path: Path) -> None:
-    """Four models that hardly learn, few questions."""
+def test_it_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four models that hardly learn from little text, few questions."""
     from danlu.papers.config import ReproduceConfig
     from danlu.papers.gopher import Setup, run
 
+    few = list(islice(mixture(), 600))
+    monkeypatch.setattr("danlu.papers.gopher.mixture", lambda: iter(few))
     result = run(ReproduceConfig(name="gopher"), tmp_path, Setup(steps=2, batch_size=2, each=5))
     assert (tmp_path / "plot.png").exists()
     assert len(result.claims) == 2

@@ -24,7 +24,7 @@ from danlu.papers.self_consistency import (
     stated,
 )
 
-SMALL = Setup(asked=30, samples=6, votes=(1, 5))
+SMALL = Setup(asked=200, samples=6, votes=(1, 5))
 
 
 def test_workings_are_right_and_use_each_number_once() -> None:
@@ -80,7 +80,7 @@ class Solver:
 def test_votes_find_what_most_samples_say() -> None:
     solver: Any = Solver(0.6)
     found = shares(solver, SMALL, 0)
-    assert found["majority of 5"] > 0.9 > found[GREEDY]
+    assert found["majority of 5"] > found[GREEDY] + 0.2
     assert found[RANKED] < 0.3, "the surest samples are the wrong ones"
     assert found[SHUFFLED] < 0.05
 
