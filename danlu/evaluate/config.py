@@ -17,6 +17,9 @@ def apart(values: Sequence[str]) -> tuple[str, ...]:
     return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
 
 
+Dtype = Literal["auto", "float32", "bf16", "int8", "int4"]
+
+
 class CompressConfig(Config):
     """`danlu compress`: a lossless coder driven by a model."""
 
@@ -75,7 +78,7 @@ class EvalConfig(StageConfig):
     limit: int = Field(0, ge=0, description="only the first questions of each task; 0 = all")
     chat: bool = Field(False, description="ask through the model's chat template")
     prompting: Prompting = Field(Prompting(), description="another way of asking than the task's own")
-    dtype: Literal["auto", "float32", "bf16", "int8", "int4"] = Field(
+    dtype: Dtype = Field(
         "auto",
         description="of the weights that tasks are computed with: auto is bf16 where the hardware has it",
     )
@@ -83,6 +86,19 @@ class EvalConfig(StageConfig):
     url: str = Field("", description="of an OpenAI API that has the model; `model` is its name there")
     cache: bool = Field(True, description="keep answers by request, and use those that are kept")
     data: InputPath | None = Field(None, description="output folder of `danlu data prepare`")
+    contamination: InputPath | None = Field(
+        None,
+        description="training text that the questions are looked for in: documents, or the output of `danlu "
+        "data prepare`; default: what the lineage of a model of danlu's own names",
+    )
+    text: InputPath | None = Field(None, description="text or documents whose perplexity is measured")
+    window: int = Field(
+        0, ge=0, description="for text: tokens that are read at most; 0 = the model's context"
+    )
+    stride: int = Field(0, ge=0, description="for text: tokens that each window predicts; 0 = half of it")
+    memorised: int = Field(
+        0, ge=0, description="documents of `data` that the model is asked to continue word for word"
+    )
     chat_model: InputPath | None = Field(None, description="model that is talked to; none = no chat scores")
     chat_data: InputPath | None = Field(
         None, description="output folder of `danlu tokenize` with kind=chat, for the losses on replies"
@@ -124,6 +140,42 @@ class GopherConfig(Config):
     plot: Path = Field(Path("gopher.png"), description="where the plot goes")
 
     _apart = field_validator("models")(apart)
+
+
+class TableConfig(Config):
+    """`danlu eval table`: several evaluations side by side."""
+
+    runs: tuple[str, ...] = Field(min_length=1, description="folders that danlu eval --tasks wrote")
+
+    _apart = field_validator("runs")(apart)
+
+
+class AnswerConfig(Config):
+    """`danlu eval answer`: a model's answers to open questions, for a judge."""
+
+    model: str = Field(description="model that answers: any reference, or its name at `url`")
+    questions: str = Field(
+        "mt-bench", description="mt-bench (needs DANLU_DATA), or JSONL: turns, question or prompt"
+    )
+    out: Path = Field(Path("answers.jsonl"), description="where the answers go")
+    limit: int = Field(0, ge=0, description="only the first questions; 0 = all")
+    max_tokens: int = Field(512, ge=1, description="longest answer")
+    temperature: float = Field(0.0, ge=0, description="0 = greedy")
+    dtype: Dtype = Field("auto", description="of the weights: auto is bf16 where the hardware has it")
+    url: str = Field("", description="of an OpenAI API that has the model")
+
+
+class JudgeConfig(Config):
+    """`danlu eval judge`: a model grades answers, or compares two models' answers in both orders."""
+
+    answers: Path = Field(description="answers to be judged, as danlu eval answer writes them")
+    judge: str = Field(description="model that judges: any reference, or its name at `url`")
+    against: Path | None = Field(None, description="another model's answers; none = grades from 1 to 10")
+    prompts: InputPath | None = Field(None, description="FastChat's judge_prompts.jsonl; none = danlu's own")
+    out: Path = Field(Path("judged.jsonl"), description="where each judgement goes")
+    max_tokens: int = Field(512, ge=1, description="longest judgement")
+    dtype: Dtype = Field("auto", description="of the weights: auto is bf16 where the hardware has it")
+    url: str = Field("", description="of an OpenAI API that has the judge")
 
 
 class AnnotateConfig(Config):

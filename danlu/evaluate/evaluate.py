@@ -14,10 +14,11 @@ from danlu.core.errors import UserError
 from danlu.core.verbs import Estimate
 from danlu.data.conversations import Messages
 from danlu.data.documents import read_documents
-from danlu.evaluate.bits_per_byte import bits_per_byte
+from danlu.evaluate.bits_per_byte import bits_per_byte, text_scores
 from danlu.evaluate.chat_quality import chat_quality
 from danlu.evaluate.compressors import LABELS, compressor_bits
 from danlu.evaluate.config import EvalConfig
+from danlu.evaluate.memorisation import memorisation
 from danlu.generate.engine import Engine
 from danlu.model.checkpoint import find_base, is_adapter, resolve
 from danlu.tokens.shards import Shards
@@ -34,7 +35,15 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         from danlu.evaluate.tasks import run_tasks
 
         result |= run_tasks(config)
-    if config.model is not None and (config.data is not None or not config.tasks):
+    if config.model is not None and config.text is not None:
+        model, tokenizer = danlu.load(config.model, dtype=torch.float32)
+        text = "\n".join(document.text for document in read_documents(config.text)).encode()
+        result["text"] = text_scores(model, tokenizer, text, config.window, config.stride)
+    if config.model is not None and config.memorised:
+        engine = Engine(*danlu.load(config.model, dtype=torch.float32))
+        data = required(config.data)
+        result["memorisation"] = memorisation(engine, data, config.memorised, config.seed)
+    elif config.model is not None and (config.data is not None or not (config.tasks or config.text)):
         result |= compression_scores(config.model, required(config.data))
     if config.chat_model is not None:
         model, tokenizer = danlu.load(config.chat_model, dtype=torch.float32)

@@ -340,7 +340,7 @@ def show(result: Mapping[str, Any]) -> None:
             groups[task["group"]].append(task["runs"])
         rows = [(group, str(len(runs)), str(sum(runs))) for group, runs in groups.items()]
         out.print(table("Gopher's 152 tasks", ("group", "tasks", "run here"), rows))
-        out.print("With models, smallest to largest, they are scored: danlu eval gopher MODEL,MODEL")
+        out.print("With models, smallest to largest, they are scored: danlu eval gopher MODEL MODEL")
         return
     found = []
     for slope in result["slopes"]:

@@ -93,14 +93,17 @@ class Judgement:
 
 def judge_pairs(judge: Judge, pairs: Sequence[Pair], prompt: JudgePrompt = PAIR) -> list[Judgement]:
     """Each in both orders. Raises UserError where the judge can't be read at all."""
-    asked = []
-    for pair in pairs:
-        for one, other in ((pair.a, pair.b), (pair.b, pair.a)):
-            asked.append(
-                prompt.fill(question=pair.question, answer_a=one, answer_b=other, ref_answer_1=pair.reference)
-            )
-    said = [read_side(text) for text in judge(asked)]
-    if pairs and not any(said):
+
+    def fill(pair: Pair, one: str, other: str) -> Messages:
+        return prompt.fill(question=pair.question, answer_a=one, answer_b=other, ref_answer_1=pair.reference)
+
+    return both_orders(judge, [(fill(one, one.a, one.b), fill(one, one.b, one.a)) for one in pairs])
+
+
+def both_orders(judge: Judge, asked: Sequence[tuple[Messages, Messages]]) -> list[Judgement]:
+    """Of prompts with A's answer first, and with B's. Raises UserError where no judgement can be read."""
+    said = [read_side(text) for text in judge([prompt for both in asked for prompt in both])]
+    if asked and not any(said):
         raise UserError(
             "none of the judge's answers holds [[A]], [[B]] or [[C]]", "take another judge or prompt"
         )
@@ -112,12 +115,19 @@ def grade(
     judge: Judge, rows: Sequence[Mapping[str, str]], prompt: JudgePrompt = SINGLE
 ) -> list[float | None]:
     """Grades of rows of question, answer and perhaps reference. Raises UserError as `judge_pairs`."""
-    asked = [
-        prompt.fill(question=row["question"], answer=row["answer"], ref_answer_1=row.get("reference", ""))
-        for row in rows
-    ]
+    return grades(
+        judge,
+        [
+            prompt.fill(question=row["question"], answer=row["answer"], ref_answer_1=row.get("reference", ""))
+            for row in rows
+        ],
+    )
+
+
+def grades(judge: Judge, asked: Sequence[Messages]) -> list[float | None]:
+    """Of prompts; None where none can be read. Raises UserError where that is so of all."""
     found = [read_grade(text) for text in judge(asked)]
-    if rows and all(one is None for one in found):
+    if asked and all(one is None for one in found):
         raise UserError(
             "none of the judge's answers holds a grade such as [[5]]", "take another judge or prompt"
         )

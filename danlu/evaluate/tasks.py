@@ -28,6 +28,7 @@ from danlu.core.progress import clock
 from danlu.core.show import console, table
 from danlu.evaluate.card import arguments, calibration, is_choice, write_card
 from danlu.evaluate.config import EvalConfig, TasksConfig
+from danlu.evaluate.contamination import clean_and_dirty, documents_of, mark, training_texts
 from danlu.evaluate.harness import (
     CachingLM,
     EngineLM,
@@ -74,6 +75,9 @@ def run_tasks(config: EvalConfig) -> dict[str, Any]:
     for row in (row for rows in samples.values() for row in rows):
         if thoughts := prompter.thoughts.get(str(arguments(row)[0][0])):
             row["thoughts"] = thoughts
+    training = _training(config)
+    if training:
+        mark(samples, training)
     for name, rows in samples.items():
         with atomic_write(config.out / f"samples_{name}.jsonl") as file:
             for row in rows:
@@ -89,6 +93,13 @@ def run_tasks(config: EvalConfig) -> dict[str, Any]:
     about = {"model": str(config.model), "summary": summary(config, result)}
     write_card(result, samples, about, config.out / "report.html")
     return {**result, "report": str(config.out / "report.html")}
+
+
+def _training(config: EvalConfig) -> list[Path]:
+    """Files with the text that the model was trained on, where they are known."""
+    if config.contamination is not None:
+        return documents_of(config.contamination)
+    return [] if config.url or config.model is None else training_texts(Path(config.model))
 
 
 def _set_shots(task: Any, config: EvalConfig) -> None:
@@ -262,6 +273,10 @@ def list_tasks(_: TasksConfig) -> dict[str, Any]:
     found = []
     for file in sorted(PACKS.glob("[!_]*.yaml")):
         settings = load_yaml(file, resolve_func=False)
+        if "group" in settings:
+            parts = ", ".join(settings["task"])
+            found.append({"task": settings["group"], "kind": "several", "data": parts, "missing": ""})
+            continue
         source = settings["dataset_kwargs"].get("source", "").partition("!")[0]
         missing = ""
         try:
@@ -305,6 +320,7 @@ def scores_of(task: str, rows: Sequence[Mapping[str, Any]], found: Mapping[str, 
                     "chance": chance,
                     "at_chance": chance is not None and interval[0] <= chance <= interval[1],
                     "version": found["versions"].get(task),
+                    **_contamination(own, values),
                 }
             )
     return scores
@@ -324,6 +340,14 @@ def _interval(values: Sequence[Any]) -> tuple[float, float]:
     if set(numbers) <= {0.0, 1.0}:
         return wilson_interval(float(np.mean(numbers)), len(numbers))
     return bootstrap_interval(numbers)
+
+
+def _contamination(rows: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> dict[str, Any]:
+    """Nothing where it isn't known what the model was trained on."""
+    if "dirty" not in rows[0]:
+        return {}
+    numbers = [float(value[1] if isinstance(value, tuple | list) else value) for value in values]
+    return clean_and_dirty(numbers, [row["dirty"] for row in rows])
 
 
 def _chance(rows: Sequence[Mapping[str, Any]]) -> float | None:

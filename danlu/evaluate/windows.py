@@ -77,12 +77,14 @@ class Stepper:
 
 
 def scoring_windows(
-    streams: np.ndarray, lengths: np.ndarray, start: int, window: int
+    streams: np.ndarray, lengths: np.ndarray, start: int, window: int, keep: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The same predictions, many at a time: (ids (N, T), targets (N, T), weights (N, T)).
 
-    The first window predicts `window` tokens; each later one reads what is kept, and predicts the rest.
+    The first window predicts `window` tokens; each later one reads what is kept (`keep` of them, by default
+    as the codec does), and predicts the rest.
     """
+    keep = kept(window) if keep is None else keep
     n, longest = streams.shape
     ids = torch.cat((torch.full((n, 1), start), torch.from_numpy(streams)), dim=1)
     inside = torch.arange(longest) < torch.from_numpy(lengths)[:, None]
@@ -92,4 +94,4 @@ def scoring_windows(
         weights = inside[:, begin:end].float()
         weights[:, : scored - begin] = 0
         yield ids[:, begin:end], ids[:, begin + 1 : end + 1], weights
-        begin, scored = end - kept(window) + 1, end
+        begin, scored = end - keep + 1, end

