@@ -171,6 +171,10 @@ class JudgeConfig(Config):
     answers: Path = Field(description="answers to be judged, as danlu eval answer writes them")
     judge: str = Field(description="model that judges: any reference, or its name at `url`")
     against: Path | None = Field(None, description="another model's answers; none = grades from 1 to 10")
+    truth: Literal["no", "true", "helpful"] = Field(
+        "no",
+        description="the judge was trained by recipes/truth-judge.yaml: share of true, or helpful answers",
+    )
     prompts: InputPath | None = Field(None, description="FastChat's judge_prompts.jsonl; none = danlu's own")
     out: Path = Field(Path("judged.jsonl"), description="where each judgement goes")
     max_tokens: int = Field(512, ge=1, description="longest judgement")

@@ -20,8 +20,9 @@ from danlu.core.files import atomic_write
 from danlu.core.show import console, table
 from danlu.data.conversations import Messages
 from danlu.data.documents import read_rows
+from danlu.evaluate.calibration import choice_probabilities
 from danlu.evaluate.config import AnswerConfig, JudgeConfig
-from danlu.evaluate.intervals import bootstrap_interval
+from danlu.evaluate.intervals import bootstrap_interval, wilson_interval
 from danlu.evaluate.judge import (
     PAIR,
     SINGLE,
@@ -180,6 +181,8 @@ def judge_of(name: str, url: str, dtype: str, max_tokens: int, temperature: floa
 def judge(config: JudgeConfig) -> dict[str, Any]:
     """Grades answers, or compares them with another model's; writes each judgement. Raises UserError."""
     rows = read_answers(config.answers)
+    if config.truth != "no":
+        return _by_trained_judge(rows, config)
     prompts = dict(OURS) if config.prompts is None else _named(read_prompts(config.prompts), config.prompts)
     ask = judge_of(config.judge, config.url, config.dtype, config.max_tokens)
     if config.against is None:
@@ -190,6 +193,40 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         for row in kept:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return {**result, "judge": config.judge, "out": str(config.out)}
+
+
+def _by_trained_judge(rows: Sequence[Asked], config: JudgeConfig) -> dict[str, Any]:
+    """TruthfulQA's method (Lin et al. 2022): an answer is true where "yes" is likelier than "no"."""
+    if config.url or config.against is not None:
+        raise UserError("a trained judge is asked for likelihoods", "leave out --url and --against")
+    model, tokenizer, kind = load_for_engine(config.judge, config.dtype, "auto")
+    asked = _turns(rows)
+    pairs = [(one.turns[turn], one.answers[turn]) for one, turn in asked]
+    shares = yes_shares(Engine(model, tokenizer, dtype=kind), pairs, config.truth.capitalize())
+    with atomic_write(config.out) as file:
+        for (one, turn), share in zip(asked, shares, strict=True):
+            file.write(json.dumps({"id": one.id, "turn": turn + 1, config.truth: share}) + "\n")
+    yes = [float(share > 0.5) for share in shares]
+    value = float(np.mean(yes))
+    return {
+        "share": value,
+        "aspect": config.truth,
+        "interval": wilson_interval(value, len(yes)),
+        "n": len(yes),
+        "judge": config.judge,
+        "out": str(config.out),
+    }
+
+
+def yes_shares(engine: Engine, answers: Sequence[tuple[str, str]], aspect: str) -> list[float]:
+    """Of questions and answers how sure a judge trained on "Q: … A: … True:" is that they are so."""
+    pairs: list[tuple[list[int], list[int]]] = []
+    for question, said in answers:
+        text = f"Q: {question.strip()}\nA: {said.strip()}\n{aspect}:"
+        context = engine.prompt_ids([{"role": "user", "content": text}])
+        pairs += [(context, engine.tokenizer.encode(word)) for word in ("yes", "no")]
+    found = [one.logprob for one in engine.likelihoods(pairs, progress="judgements")]
+    return [choice_probabilities(found[at : at + 2])[0] for at in range(0, len(found), 2)]
 
 
 def _named(prompts: Mapping[str, JudgePrompt], path: Path) -> dict[str, JudgePrompt]:
@@ -294,21 +331,25 @@ def show_answers(result: Mapping[str, Any]) -> None:
 
 def show_judgements(result: Mapping[str, Any]) -> None:
     out = console()
-    if "grade" in result:
+    if "share" in result:
         low, high = result["interval"]
-        rows = [("all", f"{result['grade']:.2f}"), *((k, f"{v:.2f}") for k, v in result["by"].items())]
-        out.print(table(f"Grades by {result['judge']}, 1 to 10", ("", "mean"), rows))
+        rows = [(result["aspect"], f"{result['share']:.3f}", f"{low:.3f} – {high:.3f}", str(result["n"]))]
+        out.print(table(f"Judged by {result['judge']}", ("", "share", "95 %", "answers"), rows))
+    elif "grade" in result:
+        low, high = result["interval"]
+        means = [("all", f"{result['grade']:.2f}"), *((k, f"{v:.2f}") for k, v in result["by"].items())]
+        out.print(table(f"Grades by {result['judge']}, 1 to 10", ("", "mean"), means))
         out.print(f"95 % of all: {low:.2f} – {high:.2f}; {result['n']} read, {result['unread']} not")
     else:
         rate = result["win_rate"]
         low, high = rate["interval"]
         even = "" if rate["length_controlled"] is None else f"{rate['length_controlled']:.3f}"
-        rows = [
+        figures = [
             ("win rate, a draw is half", f"{rate['rate']:.3f} ({low:.3f} – {high:.3f})"),
             ("at equal lengths", even),
             ("judged the same in both orders", f"{rate['consistent']:.1%}"),
             ("of single judgements, for what stood first", f"{rate['first_preferred']:.1%}"),
             ("judged, not read", f"{rate['n']}, {rate['unread']}"),
         ]
-        out.print(table(f"Judged by {result['judge']}", ("", ""), rows))
+        out.print(table(f"Judged by {result['judge']}", ("", ""), figures))
     out.print(f"Each judgement: {result['out']}", soft_wrap=True)

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from needs import needs_data
 from small_models import save_random_model
 
@@ -154,6 +156,39 @@ def test_files_that_are_none(questions: Path, tmp_path: Path, monkeypatch: pytes
     fewer = written(tmp_path / "b.jsonl", [json.loads(line) for line in ours.read_text().splitlines()][1:])
     with pytest.raises(UserError, match="question 1 is missing"):
         judge(JudgeConfig(answers=ours, against=fewer, judge="j", out=tmp_path / "j.jsonl"))
+
+
+def test_a_trained_judge_s_yes_is_its_likelihood(tmp_path: Path) -> None:
+    """Against the logits of the whole conversations."""
+    import danlu
+    from danlu.evaluate.judging import yes_shares
+    from danlu.tokens.chat import render_prompt
+
+    tokenizer = train_bpe(["say a say b yes no true 1+1 2+2 " * 20], 270)
+    folder = save_random_model(tmp_path / "model", tokenizer, noise=0.3)
+    model, tokenizer = danlu.load(folder, dtype=torch.float32)
+    asked = [("Is it hot?", "Very."), ("1+1?", "three")]
+    for (question, said), share in zip(
+        asked, yes_shares(danlu.Engine(model, tokenizer), asked, "True"), strict=True
+    ):
+        text = f"Q: {question}\nA: {said}\nTrue:"
+        context = render_prompt([{"role": "user", "content": text}], tokenizer)
+        found = []
+        for word in ("yes", "no"):
+            ids = tokenizer.encode(word)
+            with torch.no_grad():
+                logits = model(torch.tensor([[*context, *ids]]))[0, len(context) - 1 : -1].log_softmax(-1)
+            found.append(float(logits.gather(1, torch.tensor(ids)[:, None]).sum()))
+        assert share == pytest.approx(1 / (1 + np.exp(found[1] - found[0])), rel=1e-4)
+    file = answered(tmp_path / "a.jsonl", "yes")
+    config = JudgeConfig(
+        answers=file, judge=str(folder), truth="true", out=tmp_path / "j.jsonl", dtype="float32"
+    )
+    result = judge(config)
+    assert result["n"] == 5
+    judging.show_judgements(result)
+    with pytest.raises(UserError, match="likelihoods"):
+        judge(config.model_copy(update={"against": file}))
 
 
 def test_evaluations_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
