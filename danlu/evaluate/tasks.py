@@ -89,6 +89,7 @@ def run_tasks(config: EvalConfig) -> dict[str, Any]:
         "calibration": {name: calibration(rows) for name, rows in samples.items() if is_choice(rows[0])},
         "cut_contexts": _n_cut(model, samples) + prompter.cut,
         "seconds": time.monotonic() - begin,
+        "tokens_computed": model.engine.scheduler.computed if isinstance(model, EngineLM) else None,
     }
     about = {"model": str(config.model), "summary": summary(config, result)}
     write_card(result, samples, about, config.out / "report.html")
@@ -153,6 +154,11 @@ def summary(config: EvalConfig, result: Mapping[str, Any]) -> list[str]:
         asked += f" ({', '.join(f'{key} {value}' for key, value in changed.items())})"
     of = "one task" if len(by_task) == 1 else f"{len(by_task)} tasks"
     told = [f"{n:,} questions of {of}, asked {asked}, in {clock(result['seconds'])}."]
+    if result["tokens_computed"]:
+        told.append(
+            f"The model read {result['tokens_computed']:,} tokens, answers included; what questions have in "
+            "common counts once, kept answers not at all."
+        )
     if lost := [f"{score['task']} ({score['metric']})" for score in scores if score["at_chance"]]:
         told.append(f"No better than guessing: {', '.join(lost)}.")
     if result["cut_contexts"]:

@@ -109,6 +109,8 @@ class Scheduler:
         self.step_tokens, self.most_jobs = step_tokens, most_jobs
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
+        self.computed = 0
+        """Tokens that models have read, of prompts and of answers."""
 
     @property
     def idle(self) -> bool:
@@ -260,6 +262,7 @@ class Scheduler:
         hidden = lane.runner.run(pieces, [choice.job.root for choice in chosen], copies, _wanted(chosen))
         for choice in chosen:
             tables.wrote(choice.feed.sequence, choice.n_tokens)
+            self.computed += choice.n_tokens
         asking = [choice for choice in chosen if choice.wanted]
         ends = accumulate(choice.wanted for choice in asking)
         parts = [hidden[end - choice.wanted : end] for choice, end in zip(asking, ends, strict=True)]
