@@ -56,7 +56,7 @@ test: $(VENV)/.tested
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/.tested
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations=20
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from danlu import __version__
 from danlu.core.config import nearest
@@ -388,13 +389,20 @@ def _remedy(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness speaks at length; what matters of it is in the result."""
+    """The harness speaks at length, and has bars of its own; what matters is in the result."""
     names = ("lm_eval", "lm-eval", "datasets", "filelock", "evaluate")
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
+    bar = tqdm.__init__
+
+    def no_bar(self: Any, *args: Any, **options: Any) -> None:
+        bar(self, *args, **{**options, "disable": True})
+
+    tqdm.__init__ = no_bar
     try:
         yield
     finally:
+        tqdm.__init__ = bar
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)

@@ -53,8 +53,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_scores_samples_and_the_page(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_scores_samples_and_the_page(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = run()
+    assert "it/s" not in capsys.readouterr().err, "the harness's own bars"
+    assert result["tokens_computed"] > 1000
     found = {score["metric"]: score for score in result["scores"]}
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples_furnace.jsonl").open()]
     assert found.keys() == {"acc", "acc_norm"}
