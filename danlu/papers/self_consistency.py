@@ -5,10 +5,10 @@ several reasoning paths and taking the majority of their answers beats one greed
 paths, and beats choosing the most probable path (sample-and-rank).
 
 The rule, written before the first run:
-- Task: the sum of 4 to 6 numbers from 1 to 99. Its working adds two of what is left, in random order, until
-  one number is left, so that there are many right paths: "23+45+7+81: 81+23=104 7+104=111 45+111=156 >156".
+- Task: the sum of 4 to 6 numbers from 1 to 30. Its working adds two of what is left, in random order, until
+  one number is left, so that there are many right paths: "23+15+7+30: 30+23=53 7+53=60 15+60=75 >75".
 - Model: 1.8 million parameters, a token a character, trained from nothing on documents of five problems, in
-  stages of 100 steps of 32 × 384 tokens at a constant rate; each stage draws new documents and starts its
+  stages of 100 steps of 16 × 384 tokens at a constant rate; each stage draws new documents and starts its
   optimiser anew. After each stage 200 other problems are answered greedily. Training ends after the first
   stage with at least 40 % right, and after 30 stages at the latest; a seed that ends outside of 40 to 70 %
   makes all claims "not testable".
@@ -53,7 +53,8 @@ class Setup:
 
     seeds: int = 3
     steps: int = 100
-    documents: int = 6000
+    batch_size: int = 16
+    documents: int = 4000
     stages: int = 30
     enough: float = 0.4
     too_much: float = 0.7
@@ -72,7 +73,7 @@ class Problem:
 
 
 def problem(chance: random.Random) -> Problem:
-    numbers = [chance.randint(1, 99) for _ in range(chance.randint(4, 6))]
+    numbers = [chance.randint(1, 30) for _ in range(chance.randint(4, 6))]
     question, left, steps = "+".join(map(str, numbers)), list(numbers), []
     while len(left) > 1:
         first, second = (left.pop(chance.randrange(len(left))) for _ in range(2))
@@ -129,6 +130,7 @@ def train_until(setup: Setup, seed: int, folder: Path) -> tuple[Engine, float, i
             folder / f"seed-{seed}" / f"stage-{stage:02}",
             documents=setup.documents,
             steps=setup.steps,
+            batch_size=setup.batch_size,
             seed=1000 * seed + stage,
             start=run,
             constant=True,
