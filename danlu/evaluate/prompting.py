@@ -75,7 +75,7 @@ def _words_of(doc: Doc) -> str:
     return " ".join(str(doc.get(field, "")) for field in ("passage", "question"))
 
 
-def choose_examples(task: Any, how: str) -> None:
+def choose_examples(task: Any, how: str, seed: int) -> None:
     """Sets which examples a task's questions are asked behind; "task" leaves it as the task says."""
     if how == "task" or not task.get_config("num_fewshot"):
         return
@@ -94,7 +94,7 @@ def choose_examples(task: Any, how: str) -> None:
     elif how == "first":
         task.sampler = First(pool)
     else:
-        task.sampler = ContextSampler(pool)
+        task.sampler = ContextSampler(pool, rnd=seed)
 
 
 class First(ContextSampler):

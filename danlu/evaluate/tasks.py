@@ -58,7 +58,7 @@ def run_tasks(config: EvalConfig) -> dict[str, Any]:
         for name, task in loaded["tasks"].items():
             _set_shots(task, config)
             check_task(name, task)
-            choose_examples(task, config.prompting.examples)
+            choose_examples(task, config.prompting.examples, config.seed)
         if (
             config.url
             and config.chat

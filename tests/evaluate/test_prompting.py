@@ -212,7 +212,7 @@ def test_each_question_gets_its_own_nearest_examples() -> None:
 
     task = find_tasks([str(FURNACE)])["tasks"]["furnace"]
     task.set_config("num_fewshot", 1)
-    choose_examples(task, "nearest")
+    choose_examples(task, "nearest", 0)
     docs = list(task.eval_docs)
     pool = list(task.fewshot_docs())
     for doc in docs[:6]:
@@ -220,6 +220,21 @@ def test_each_question_gets_its_own_nearest_examples() -> None:
         best.doc = doc
         shown = best.sample(1)[0]["question"]
         assert shown in task.fewshot_context(doc, num_fewshot=1)
+
+
+def test_random_examples_are_those_of_the_seed() -> None:
+    from danlu.evaluate.tasks import find_tasks
+
+    def prompts(how: str, seed: int) -> list[str]:
+        task = find_tasks([str(FURNACE)])["tasks"]["furnace"]
+        task.set_config("num_fewshot", 2)
+        choose_examples(task, how, seed)
+        return [task.fewshot_context(doc, num_fewshot=2) for doc in list(task.eval_docs)[:5]]
+
+    assert prompts("random", 0) == prompts("random", 0) != prompts("random", 1)
+    assert prompts("first", 0) == prompts("first", 1)
+    before = [text.rpartition("Question:")[0] for text in prompts("first", 0)]
+    assert len(set(before)) == 1
 
 
 def test_a_task_asked_through_thoughts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
