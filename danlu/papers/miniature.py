@@ -1,9 +1,14 @@
-"""A small model that learns a task drawn on the spot, such as sums: a token is a character."""
+"""A small model that learns a task drawn on the spot, such as sums: a token is a character.
 
-from collections.abc import Callable, Iterator
+A document is a conversation of questions and their answers, and only the answers are learnt: questions are
+random, and learning to predict them drowns what there is to learn.
+"""
+
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
+from danlu.data.conversations import Messages
 from danlu.data.documents import Document, write_documents
 from danlu.model.config import ModelConfig
 from danlu.tokens.bpe import bpe
@@ -16,37 +21,45 @@ VOCABULARY = 259
 """Bytes and the three special tokens."""
 
 SIZES = ModelConfig(
-    vocab_size=VOCABULARY, width=192, n_layers=4, n_heads=3, n_kv_heads=3, ffn_width=512, max_positions=512
+    vocab_size=VOCABULARY, width=192, n_layers=4, n_heads=3, n_kv_heads=3, ffn_width=512, max_positions=768
 )
 """1.8 million parameters."""
 
 HELD_OUT = 200
 
 
+def talk(problems: Sequence[tuple[str, str]], question: str = "") -> Messages:
+    """Questions with their answers, and perhaps one more question."""
+    messages: Messages = []
+    for asked, answer in problems:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": question}] if question else messages
+
+
 def learn(
-    draw: Callable[[], str],
+    draw: Callable[[], Messages],
     folder: Path,
     *,
     documents: int,
     steps: int,
     seed: int,
     start: Path | None = None,
-    batch_size: int = 32,
+    batch_size: int = 16,
     length: int = 384,
-    lr: float = 2e-3,
     constant: bool = False,
 ) -> Path:
-    """Trains on so many drawn documents, a new model or the one of `start`; returns the run's folder.
+    """Trains on so many drawn conversations, a new model or the one of `start`; returns the run's folder.
 
-    A run that is there already, finished or not, goes on from where it is.
+    Muon at 0.02, at a constant rate or a cosine to a tenth of it. A run that is there already, finished or
+    not, goes on from where it is.
     """
     run, data, tokenizer, tokens = (folder / name for name in ("run", "data", "tokenizer", "tokens"))
     if not (tokens / "train" / "meta.json").is_file():
-        drawn: Iterator[Document] = (Document(str(number), draw()) for number in range(HELD_OUT + documents))
+        drawn = (Document(str(number), "", draw()) for number in range(HELD_OUT + documents))
         for part, size in (("held_out", HELD_OUT), ("train", documents)):
             write_documents(islice(drawn, size), data / f"{part}.jsonl.zst")
         bpe([], VOCABULARY).save_folder(tokenizer / "tokenizer")
-        tokenize(TokenizeConfig(data=data, tokenizer=tokenizer, out=tokens))
+        tokenize(TokenizeConfig(data=data, tokenizer=tokenizer, out=tokens, kind="chat"))
     train(
         TrainConfig(
             data=tokens,
@@ -57,7 +70,7 @@ def learn(
             steps=steps,
             batch_size=batch_size,
             sequence_length=length,
-            optim=OptimConfig(lr=lr),
+            optim=OptimConfig(name="muon", lr=6e-3, muon_lr=0.02, weight_decay=0.0),
             schedule=ScheduleConfig(name="constant" if constant else "cosine"),
             guard=GuardConfig(remedy="off"),
             eval_every=0,
@@ -65,6 +78,6 @@ def learn(
             checkpoint_every=steps,
             keep_checkpoints=1,
         ),
-        "text",
+        "chat",
     )
     return run

@@ -6,12 +6,13 @@ paths, and beats choosing the most probable path (sample-and-rank).
 
 The rule, written before the first run:
 - Task: the sum of 4 to 6 numbers from 1 to 30. Its working adds two of what is left, in random order, until
-  one number is left, so that there are many right paths: "23+15+7+30: 30+23=53 7+53=60 15+60=75 >75".
-- Model: 1.8 million parameters, a token a character, trained from nothing on documents of five problems, in
-  stages of 100 steps of 16 × 384 tokens at a constant rate; each stage draws new documents and starts its
-  optimiser anew. After each stage 200 other problems are answered greedily. Training ends after the first
-  stage with at least 40 % right, and after 30 stages at the latest; a seed that ends outside of 40 to 70 %
-  makes all claims "not testable".
+  one number is left, so that there are many right paths: "23+15+7+30" is answered "30+23=53 7+53=60 15+60=75
+  >75".
+- Model: 1.8 million parameters, a token a character, trained from nothing on conversations of five problems,
+  of which the answers are learnt, in stages of 100 steps of 16 × 384 tokens (Muon at a constant rate); each
+  stage draws new conversations and starts its optimiser anew. After each stage 200 other problems are
+  answered greedily. Training ends after the first stage with at least 40 % right, and after 30 stages at the
+  latest; a seed that ends outside of 40 to 70 % makes all claims "not testable".
 - Asked: 500 problems, each behind one solved problem: greedily, and 20 samples at temperature 0.7. Arms:
   greedy; the majority of the first 1, 5, 10 and 20 samples (of equals the first; a sample without an answer
   has no vote); the most probable of the 20 samples (sum of the log-probabilities).
@@ -36,14 +37,17 @@ import numpy as np
 import torch
 
 import danlu
+from danlu.data.conversations import Messages
 from danlu.evaluate.answers import majority
 from danlu.evaluate.intervals import Interval, t_interval
 from danlu.generate.engine import Completion, Engine
 from danlu.generate.sampling import SamplingParams
 from danlu.papers.config import ReproduceConfig
-from danlu.papers.miniature import learn
+from danlu.papers.miniature import learn, talk
 from danlu.papers.protocol import Claim, Control, Result, Verdict, at_least, judged, save_plot
 
+LONGEST = 80
+"""Tokens of an answer."""
 GREEDY, RANKED, SHUFFLED = "greedy", "sample-and-rank", "samples of other problems"
 
 
@@ -69,7 +73,7 @@ class Problem:
     question: str
     answer: str
     worked: str
-    """The line, with one of its workings."""
+    """One of its workings, and the answer."""
 
 
 def problem(chance: random.Random) -> Problem:
@@ -80,11 +84,12 @@ def problem(chance: random.Random) -> Problem:
         steps.append(f"{first}+{second}={first + second}")
         left.append(first + second)
     answer = str(sum(numbers))
-    return Problem(question, answer, f"{question}: {' '.join(steps)} >{answer}\n")
+    return Problem(question, answer, f"{' '.join(steps)} >{answer}")
 
 
-def document(chance: random.Random) -> str:
-    return "".join(problem(chance).worked for _ in range(5))
+def conversation(chance: random.Random) -> Messages:
+    problems = [problem(chance) for _ in range(5)]
+    return talk([(one.question, one.worked) for one in problems])
 
 
 def stated(text: str) -> str | None:
@@ -126,7 +131,7 @@ def train_until(setup: Setup, seed: int, folder: Path) -> tuple[Engine, float, i
     run: Path | None = None
     for stage in range(1, setup.stages + 1):
         run = learn(
-            lambda: document(chance),
+            lambda: conversation(chance),
             folder / f"seed-{seed}" / f"stage-{stage:02}",
             documents=setup.documents,
             steps=setup.steps,
@@ -136,7 +141,7 @@ def train_until(setup: Setup, seed: int, folder: Path) -> tuple[Engine, float, i
             constant=True,
         )
         engine = Engine(*danlu.load(run, dtype=torch.float32))
-        said = ask(engine, tried, SamplingParams(max_tokens=80, temperature=0.0, stop=("\n",)))
+        said = ask(engine, tried, SamplingParams(max_tokens=LONGEST, temperature=0.0))
         share = float(np.mean([stated(one.text) == p.answer for one, p in zip(said, tried, strict=True)]))
         if share >= setup.enough:
             break
@@ -147,8 +152,9 @@ def ask(
     engine: Engine, problems: Sequence[Problem], params: SamplingParams | Sequence[SamplingParams]
 ) -> list[Completion]:
     """Each behind a solved one."""
-    shown = problem(random.Random(0)).worked
-    return engine.generate([f"{shown}{one.question}:" for one in problems], params, progress="sums")
+    shown = problem(random.Random(0))
+    pair = [(shown.question, shown.worked)]
+    return engine.generate([talk(pair, one.question) for one in problems], params, progress="sums")
 
 
 def shares(engine: Engine, setup: Setup, seed: int) -> dict[str, float]:
@@ -159,10 +165,10 @@ def shares(engine: Engine, setup: Setup, seed: int) -> dict[str, float]:
     def share(answers: Sequence[str | None]) -> float:
         return float(np.mean([said == right for said, right in zip(answers, truth, strict=True)]))
 
-    greedy = ask(engine, problems, SamplingParams(max_tokens=80, temperature=0.0, stop=("\n",)))
+    greedy = ask(engine, problems, SamplingParams(max_tokens=LONGEST, temperature=0.0))
     repeated = [one for one in problems for _ in range(setup.samples)]
     params = [
-        SamplingParams(max_tokens=80, temperature=0.7, stop=("\n",), seed=seed * len(repeated) + number)
+        SamplingParams(max_tokens=LONGEST, temperature=0.7, seed=seed * len(repeated) + number)
         for number in range(len(repeated))
     ]
     drawn = ask(engine, repeated, params)

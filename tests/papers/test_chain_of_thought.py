@@ -14,14 +14,14 @@ from danlu.papers.chain_of_thought import (
     FORMATS,
     Setup,
     bbh_scores,
-    document,
+    conversation,
     gsm8k_prompt,
     large_gains,
     miniature_claims,
     problem,
     slope_interval,
     small_gains_nothing,
-    written,
+    solved,
 )
 
 SETUP = Setup(n_steps=(2, 4, 6))
@@ -41,18 +41,20 @@ def test_problems_are_worked_from_left_to_right_modulo_ten() -> None:
 
 def test_dots_are_as_many_as_the_steps_have_characters() -> None:
     parts = problem(random.Random(0), 6)
-    lines = {form: written(parts, form) for form in FORMATS}
-    assert len(lines[CHAIN]) == len(lines[DOTS]) > len(lines[DIRECT])
-    assert {line.rpartition(">")[2] for line in lines.values()} == {f"{parts[2]}\n"}
-    assert set(lines[DOTS].partition(": ")[2].partition(" >")[0]) == {"."}
+    answers = {form: solved(parts, form)[1] for form in FORMATS}
+    assert {solved(parts, form)[0] for form in FORMATS} == {parts[0]}
+    assert len(answers[CHAIN]) == len(answers[DOTS]) > len(answers[DIRECT])
+    assert {one.rpartition(">")[2] for one in answers.values()} == {parts[2]}
+    assert set(answers[DOTS].partition(" >")[0]) == {"."}
 
 
-def test_a_document_has_one_format() -> None:
+def test_a_conversation_has_one_format() -> None:
     found = dict.fromkeys(FORMATS, 0)
     for seed in range(90):
-        lines = document(random.Random(seed), (2, 3)).splitlines()
-        assert len(lines) == 5
-        kinds = {DOTS if "." in line else CHAIN if "=" in line else DIRECT for line in lines}
+        messages = conversation(random.Random(seed), (2, 3))
+        assert [one["role"] for one in messages] == ["user", "assistant"] * 5
+        said = [one["content"] for one in messages[1::2]]
+        kinds = {DOTS if "." in line else CHAIN if "=" in line else DIRECT for line in said}
         assert len(kinds) == 1
         found[kinds.pop()] += 1
     assert min(found.values()) > 15
@@ -85,6 +87,8 @@ def test_each_verdict_can_come_out_either_way() -> None:
     assert verdicts == ["holds", "holds"]
     verdicts = [one.verdict for one in miniature_claims({DIRECT: chain, CHAIN: direct}, SETUP)]
     assert verdicts == ["does not hold", "does not hold"]
+    verdicts = [one.verdict for one in miniature_claims({DIRECT: direct, CHAIN: 0 * chain}, SETUP)]
+    assert verdicts == ["not testable", "not testable"], "a model that has not learnt tells nothing"
 
 
 def test_the_slope_s_interval_holds_the_slope() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from danlu.data.conversations import Messages
 from danlu.generate.engine import Completion
 from danlu.generate.sampling import SamplingParams
 from danlu.papers.self_consistency import (
@@ -18,7 +19,7 @@ from danlu.papers.self_consistency import (
     Setup,
     claims,
     control,
-    document,
+    conversation,
     problem,
     shares,
     stated,
@@ -30,9 +31,8 @@ SMALL = Setup(asked=200, samples=6, votes=(1, 5))
 def test_workings_are_right_and_use_each_number_once() -> None:
     for seed in range(50):
         one = problem(random.Random(seed))
-        question, rest = one.worked.rstrip("\n").split(": ")
-        steps, answer = rest.split(" >")
-        left = sorted(int(part) for part in question.split("+"))
+        steps, answer = one.worked.split(" >")
+        left = sorted(int(part) for part in one.question.split("+"))
         for step in steps.split(" "):
             first, second, total = (int(part) for part in re.fullmatch(r"(\d+)\+(\d+)=(\d+)", step).groups())  # type: ignore[union-attr]
             assert first + second == total
@@ -47,10 +47,11 @@ def test_the_same_sum_is_worked_in_many_ways() -> None:
     assert len(found) == 1, "the seed decides"
     orders = set()
     for seed in range(200):
-        steps = problem(random.Random(seed)).worked.partition(": ")[2].split(" ")
+        steps = problem(random.Random(seed)).worked.split(" ")
         orders.add(len(steps))
     assert orders == {4, 5, 6}, "3 to 5 steps and the answer"
-    assert document(random.Random(0)).count("\n") == 5
+    messages = conversation(random.Random(0))
+    assert [one["role"] for one in messages] == ["user", "assistant"] * 5
 
 
 def test_answers_are_read() -> None:
@@ -66,11 +67,14 @@ class Solver:
         self.share, self.chance = share, random.Random(0)
 
     def generate(
-        self, prompts: Sequence[str], params: SamplingParams | Sequence[SamplingParams], progress: str = ""
+        self,
+        prompts: Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams],
+        progress: str = "",
     ) -> list[Completion]:
         found = []
         for prompt in prompts:
-            total = sum(int(part) for part in prompt.rpartition("\n")[2].rstrip(":").split("+"))
+            total = sum(int(part) for part in prompt[-1]["content"].split("+"))
             right = self.chance.random() < self.share
             said = total if right else total + self.chance.randrange(1, 1000)
             found.append(Completion(text=f" >{said}", logprobs=[-1.0 if right else -0.5]))
