@@ -11,6 +11,7 @@ from there to the stop token is learnt, the blanks that the template writes arou
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,16 +79,17 @@ def render(messages: Messages, tokenizer: Tokenizer, longest_reply: int = 0) -> 
     """
     turns = _turns(messages, tokenizer)
     parts = list(_parts(turns, tokenizer))
-    learnt: list[Span] = []
+    begins = [begin for (begin, _), _ in parts]
+    learnt: set[int] = set()
     for begin, end in turns.replies:
         stop = _stop_behind(end, turns, tokenizer)
-        n_tokens = sum(len(ids) for (first, last), ids in parts if begin <= first and last <= stop[0])
-        if not longest_reply or n_tokens <= longest_reply:
-            learnt.append((begin, stop[1]))
+        *reply, last = range(bisect_left(begins, begin), bisect_left(begins, stop[1]))  # last: the stop token
+        if not longest_reply or sum(len(parts[number][1]) for number in reply) <= longest_reply:
+            learnt.update([*reply, last])
     out = Rendered([], [])
-    for (first, last), ids in parts:
+    for number, (_, ids) in enumerate(parts):
         out.ids += ids
-        out.mask += [any(begin <= first and last <= end for begin, end in learnt)] * len(ids)
+        out.mask += [number in learnt] * len(ids)
     return out
 
 
@@ -196,10 +198,8 @@ def _special_in(text: str, frame: Span, tokenizer: Tokenizer) -> Iterator[tuple[
     """The special tokens in a part of the frame, with the blanks that they take in."""
     if not tokenizer.special_ids:
         return
-    longest_first = sorted(tokenizer.special_ids, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)))
     free = frame[0]
-    for match in pattern.finditer(text, *frame):
+    for match in _any_of(frozenset(tokenizer.special_ids)).finditer(text, *frame):
         begin, end = match.span()
         before, behind = tokenizer.swallows[match[0]]
         while before and begin > free and text[begin - 1].isspace():
@@ -208,6 +208,13 @@ def _special_in(text: str, frame: Span, tokenizer: Tokenizer) -> Iterator[tuple[
             end += 1
         free = end
         yield (begin, end), match[0]
+
+
+@lru_cache
+def _any_of(texts: frozenset[str]) -> re.Pattern[str]:
+    """Finds each of them, of several that begin alike the longest."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
 
 
 def _prompt_end(before: Messages, text: str, begin: int, tokenizer: Tokenizer) -> int:
