@@ -284,7 +284,7 @@ def plot(found: Mapping[str, Any]) -> Any:
         style = "-o" if number < 10 else "--s"
         left.plot(sizes, np.mean(rows, axis=0), style, label=category, color=f"C{number % 10}")
     left.set(xscale="log", xlabel="parameters", ylabel="progress: chance 0, perfect 1")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.14))
     for place, slope in enumerate(found["slopes"]):
         right.barh(place, slope.value, color="C0", alpha=0.7)
         if slope.interval:
