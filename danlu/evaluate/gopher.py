@@ -144,7 +144,11 @@ def text_of(runs_on: str) -> bytes:
 # The scores
 
 
-def score(engine: Engine, task: Task, most: int, seed: int, most_bytes: int = 50_000) -> Score | None:
+TEXT = 50_000
+"""Bytes of a text that are scored."""
+
+
+def score(engine: Engine, task: Task, most: int, seed: int, most_bytes: int = TEXT) -> Score | None:
     """None where too few questions fit the model's context."""
     if task.category == MODELLING:
         raw = text_of(task.runs_on)[:most_bytes].decode("utf-8", "ignore").encode()
@@ -258,7 +262,7 @@ def task_slopes(
     }
 
 
-def evaluate(models: Sequence[str], most: int, seed: int) -> dict[str, Any]:
+def evaluate(models: Sequence[str], most: int, seed: int, most_bytes: int = TEXT) -> dict[str, Any]:
     """Scores of all tasks that run here, by model, with sizes and slopes. Raises UserError without data."""
     by_model: dict[str, dict[str, Score]] = {}
     parameters: dict[str, int] = {}
@@ -267,7 +271,7 @@ def evaluate(models: Sequence[str], most: int, seed: int) -> dict[str, Any]:
         model, tokenizer = danlu.load(name, dtype=torch.float32)
         engine = Engine(model, tokenizer)
         parameters[name] = sum(one.numel() for one in model.parameters())
-        found = {task.task: score(engine, task, most, seed) for task in tasks}
+        found = {task.task: score(engine, task, most, seed, most_bytes) for task in tasks}
         by_model[name] = {task: one for task, one in found.items() if one is not None}
     return {"scores": by_model, "parameters": parameters, "slopes": slopes(by_model, parameters)}
 

@@ -81,6 +81,7 @@ class Setup:
     batch_size: int = 8
     length: int = 512
     each: int = 20
+    text_bytes: int = gopher.TEXT
 
 
 def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Result:
@@ -92,7 +93,7 @@ def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Re
         write_documents(mixture(), source)
         prepare_tokens(str(source), folder, VOCABULARY)
     runs = {name: _trained(name, size, setup, config.seed, folder) for name, size in SIZES.items()}
-    found = gopher.evaluate([str(path) for path in runs.values()], setup.each, config.seed)
+    found = gopher.evaluate([str(path) for path in runs.values()], setup.each, config.seed, setup.text_bytes)
     save_plot(gopher.plot(found), folder)
     slopes: list[gopher.Slope] = found["slopes"]
     by_task = gopher.task_slopes(found["scores"], found["parameters"])

@@ -69,7 +69,9 @@ def test_it_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     few = list(islice(mixture(), 600))
     monkeypatch.setattr("danlu.papers.gopher.mixture", lambda: iter(few))
-    result = run(ReproduceConfig(name="gopher"), tmp_path, Setup(steps=2, batch_size=2, each=5))
+    result = run(
+        ReproduceConfig(name="gopher"), tmp_path, Setup(steps=2, batch_size=2, each=5, text_bytes=2000)
+    )
     assert (tmp_path / "plot.png").exists()
     assert len(result.claims) == 2
     assert len(result.figures["parameters"]) == 4
