@@ -113,5 +113,9 @@ def test_the_verb_on_two_sizes(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     found = {slope["category"]: slope for slope in result["slopes"]}
     assert found[MODELLING]["tasks"] == 13
-    assert found[MODELLING]["value"] > 0, "the larger one is trained"
+    small, large = (result["scores"][name] for name in (str(tmp_path / "small"), str(folder)))
+    texts = [task.task for task in catalogue() if task.category == MODELLING and task.runs_on]
+    saved = np.mean([1 - large[task]["value"] / small[task]["value"] for task in texts])
+    sizes = [result["parameters"][name] for name in (str(tmp_path / "small"), str(folder))]
+    assert found[MODELLING]["value"] == pytest.approx(saved / np.log10(sizes[1] / sizes[0]))
     gopher.show(result)
