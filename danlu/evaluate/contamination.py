@@ -29,7 +29,10 @@ HIDDEN = ("examples", "chain", "direct", "subject")
 
 
 def training_texts(ref: Path) -> list[Path]:
-    """The training documents behind a model of danlu's own, by its lineage; none for any other model."""
+    """The training documents behind a model's folder, by danlu's lineage; none where it has none.
+
+    Of a base that came from elsewhere nothing is known: only what danlu itself has trained on is found.
+    """
     found: dict[Path, None] = {}
     seen: set[Path] = set()
 
@@ -60,7 +63,7 @@ def documents_of(path: Path) -> list[Path]:
 
 
 def dirty(questions: Sequence[str], documents: Iterable[str]) -> list[bool]:
-    """Whether each question shares an n-gram with a document."""
+    """Whether each question shares an n-gram with a document; one of fewer than n words has none."""
     split = [words(text) for text in questions]
     n = gram_length(split)
     own = [set(grams(one, n)) for one in split]

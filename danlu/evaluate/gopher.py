@@ -38,6 +38,8 @@ CATALOGUE = Path(__file__).with_name("gopher_tasks.csv")
 LEAST = 5
 """Questions that fit the model's context, without which a task isn't scored."""
 LONGEST_ANSWER = 16
+TEXT = 50_000
+"""Bytes of a text that are scored."""
 MODELLING = "language modelling"
 
 
@@ -144,10 +146,6 @@ def text_of(runs_on: str) -> bytes:
 # The scores
 
 
-TEXT = 50_000
-"""Bytes of a text that are scored."""
-
-
 def score(engine: Engine, task: Task, most: int, seed: int, most_bytes: int = TEXT) -> Score | None:
     """None where too few questions fit the model's context."""
     if task.category == MODELLING:
@@ -174,6 +172,7 @@ def _answered(engine: Engine, asked: Sequence[Question]) -> Score | None:
 
 
 def chosen(engine: Engine, asked: Sequence[Question]) -> Score | None:
+    """How often the right choice is the likeliest a byte; None where too few questions fit the context."""
     room = engine.model.config.max_positions
     pairs: list[tuple[list[int], list[int]]] = []
     kept: list[Question] = []

@@ -101,7 +101,7 @@ def _training(config: EvalConfig) -> list[Path]:
     """Files with the text that the model was trained on, where they are known."""
     if config.contamination is not None:
         return documents_of(config.contamination)
-    return [] if config.url or config.model is None else training_texts(Path(config.model))
+    return [] if config.url or config.model is None else training_texts(resolve(str(config.model)))
 
 
 def _set_shots(task: Any, config: EvalConfig) -> None:

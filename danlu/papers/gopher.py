@@ -64,6 +64,17 @@ class Size:
     ffn_width: int
     lr: float
 
+    def config(self, length: int) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=VOCABULARY,
+            width=self.width,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_heads,
+            ffn_width=self.ffn_width,
+            max_positions=length,
+        )
+
 
 SIZES = {
     "0.3M": Size(48, 4, 3, 128, 2e-3),
@@ -139,15 +150,7 @@ def _trained(name: str, size: Size, setup: Setup, seed: int, folder: Path) -> Pa
             data=folder / "tokens",
             out=out,
             seed=seed,
-            model=ModelConfig(
-                vocab_size=VOCABULARY,
-                width=size.width,
-                n_layers=size.n_layers,
-                n_heads=size.n_heads,
-                n_kv_heads=size.n_heads,
-                ffn_width=size.ffn_width,
-                max_positions=setup.length,
-            ),
+            model=size.config(setup.length),
             steps=setup.steps,
             batch_size=setup.batch_size,
             sequence_length=setup.length,

@@ -7,9 +7,8 @@ import pytest
 from needs import needs_data
 
 from danlu.evaluate.gopher import MODELLING, Question, Slope
-from danlu.model.config import ModelConfig
 from danlu.model.transformer import Transformer
-from danlu.papers.gopher import SIZES, VOCABULARY, _wrong, claims, mixture
+from danlu.papers.gopher import SIZES, _wrong, claims, mixture
 
 
 def slope(category: str, low: float, high: float) -> Slope:
@@ -42,15 +41,7 @@ def test_the_control_takes_a_wrong_choice() -> None:
 
 def test_sizes_are_as_the_rule_says() -> None:
     for name, size in SIZES.items():
-        config = ModelConfig(
-            vocab_size=VOCABULARY,
-            width=size.width,
-            n_layers=size.n_layers,
-            n_heads=size.n_heads,
-            n_kv_heads=size.n_heads,
-            ffn_width=size.ffn_width,
-        )
-        count = sum(one.numel() for one in Transformer(config).parameters())
+        count = sum(one.numel() for one in Transformer(size.config(512)).parameters())
         assert f"{count / 1e6:.1f}M" == name
 
 
