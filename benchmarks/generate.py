@@ -27,21 +27,18 @@ is from what the machine can do; at batch 16 arithmetic counts as well.
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from train_throughput import Quietness, median_interval, say
+from _racing import Absent, Contestant, Quietness, median_interval, say
 
 from danlu.core.host import cores
 
@@ -275,54 +272,18 @@ PROGRAMS: dict[str, Callable[[Format, Path], Generate]] = {
 }
 
 
-def contestant(name: str, folder: Path, connection: Connection) -> None:
-    """The main function of a contestant's process: (prompts, tokens) in, (seconds, answers) out."""
-    sys.stdout = sys.stderr
-    program = CONTESTANTS[name]
-    try:
-        generate = PROGRAMS[program.program](program, folder)
-    except Exception as error:  # a program that isn't here, or lacks this format, is left out by name
-        connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
-        return
-    connection.send(None)
-    while (asked := connection.recv()) is not None:
-        prompts, n_tokens = asked
-        start = time.perf_counter()
-        answers = generate(prompts, n_tokens)
-        connection.send((time.perf_counter() - start, answers))
-
-
-# The controller.
-
-
-class Absent(Exception):
-    """Why a contestant can't take part."""
-
-
-class Contestant:
-    """A contestant's process, seen from outside."""
+class Racer(Contestant):
+    """A contestant, with its times so far."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name, self.format = name, CONTESTANTS[name]
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=contestant, args=(name, folder, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.format = CONTESTANTS[name]
+        super().__init__(name, PROGRAMS[self.format.program], self.format, folder)
         self.same = 0.0
         self.prompt: dict[int, list[float]] = {}
         self.whole: dict[int, list[float]] = {}
-        try:
-            reason = self.connection.recv()
-        except EOFError:
-            reason = "its process died"
-        if reason is not None:
-            self.process.join()
-            raise Absent(reason)
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> tuple[float, list[list[int]]]:
-        self.connection.send((prompts, n_tokens))
-        seconds, answers = self.connection.recv()
+        seconds, answers = self.ask(prompts, n_tokens)
         if [len(answer) for answer in answers] != [n_tokens] * len(prompts):
             raise SystemExit(f"{self.name} was asked for {n_tokens} tokens, and gave another number")
         return seconds, answers
@@ -339,10 +300,8 @@ class Contestant:
     def whole_rates(self, batch: int) -> list[float]:
         return [batch * N_OUT / seconds for seconds in self.whole[batch]]
 
-    def stop(self) -> None:
-        self.connection.send(None)
-        self.connection.close()
-        self.process.join()
+
+# The controller.
 
 
 def gguf_of(dtype: str, folder: Path) -> Path:
@@ -407,7 +366,7 @@ def draw_prompts(count: int, folder: Path, device: str) -> list[list[int]]:
     return prompts
 
 
-def weight_bytes(racer: Contestant, folder: Path) -> float:
+def weight_bytes(racer: Racer, folder: Path) -> float:
     """What one step must read: all matrices, the output's among them (the embedding is the same one)."""
     if racer.format.program == "llama.cpp":
         from gguf import GGUFReader
@@ -471,7 +430,7 @@ def _summing() -> Callable[[Any], float]:
     return _KEPT["sum"]
 
 
-def compare(racers: list[Contestant], prompts: list[list[int]]) -> None:
+def compare(racers: list[Racer], prompts: list[list[int]]) -> None:
     """Sets `same`. Ends the run where a contestant doesn't say what the model says."""
     answers = {racer.name: racer.run(prompts, N_COMPARED)[1] for racer in racers}
     if (reference := next((name for name in REFERENCES if name in answers), None)) is None:
@@ -497,10 +456,10 @@ def measure(names: list[str], batches: list[int], alternations: int, folder: Pat
     racers, left_out = [], {}
     for name in names:
         try:
-            racers.append(Contestant(name, folder))
+            racers.append(Racer(name, folder))
         except Absent as reason:
             left_out[name] = str(reason)
-            say(f"{name} is left out: {reason}")
+            say(str(reason))
     device = racers[0].format.device
     sets = max(batches) * (2 * (alternations + 1) * len(batches)) + N_PROMPTS
     pool = iter(draw_prompts(sets, folder, device))
@@ -533,7 +492,7 @@ def measure(names: list[str], batches: list[int], alternations: int, folder: Pat
     }
 
 
-def row(racer: Contestant, batch: int, speed: float, folder: Path) -> dict[str, Any]:
+def row(racer: Racer, batch: int, speed: float, folder: Path) -> dict[str, Any]:
     rate, size = statistics.median(racer.rates(batch)), weight_bytes(racer, folder)
     return {
         "contestant": racer.name,
@@ -548,7 +507,7 @@ def row(racer: Contestant, batch: int, speed: float, folder: Path) -> dict[str, 
     }
 
 
-def ratios(racers: list[Contestant], batch: int) -> dict[str, Any]:
+def ratios(racers: list[Racer], batch: int) -> dict[str, Any]:
     """danlu over a peer or over itself, within each turn: at equal bits, and the fastest over the fastest."""
     by_name = {racer.name.removeprefix("GPU: "): racer for racer in racers}
     ours = [racer for racer in racers if racer.format.program == "danlu" and "," not in racer.name]
@@ -580,7 +539,7 @@ def ratios(racers: list[Contestant], batch: int) -> dict[str, Any]:
     return found
 
 
-def fastest(racers: list[Contestant], batch: int) -> Contestant | None:
+def fastest(racers: list[Racer], batch: int) -> Racer | None:
     return max(racers, key=lambda racer: statistics.median(racer.rates(batch)), default=None)
 
 
@@ -592,8 +551,7 @@ def table(result: dict[str, Any]) -> str:
             f"{found['whole_tokens_per_second']:7.1f} {found['prompt_seconds']:6.2f} s "
             f"{found['share_of_bandwidth']:10.1%} {found['same']:5.1f}"
         )
-    for name, reason in result["left_out"].items():
-        lines.append(f"{name:32} left out: {reason}")
+    lines += result["left_out"].values()
     for name, ratio in result["ratios"].items():
         low, high = ratio["interval"]
         lines.append(

@@ -17,22 +17,18 @@ import argparse
 import csv
 import io
 import json
-import multiprocessing
 import os
 import random
 import statistics
-import sys
 import tarfile
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from train_throughput import Quietness, median_interval, say
+from _racing import Contestant, Quietness, median_interval, say
 
 from danlu.core.host import cores
 
@@ -48,12 +44,6 @@ Request = tuple[list[int], list[int]]
 Score = Callable[[list[Request]], list[float]]
 """Log-probabilities of continuations, in nats."""
 
-CONTESTANTS = {
-    "danlu float32": ("danlu", "float32"),
-    "hf float32": ("hf", "float32"),
-    "danlu bf16": ("danlu", "bf16"),
-    "hf bf16": ("hf", "bfloat16"),
-}
 WARM_UP = 2
 """Questions."""
 
@@ -61,7 +51,7 @@ WARM_UP = 2
 # The contestants.
 
 
-def danlu_scorer(dtype: str, folder: Path, batch_size: int) -> Score:
+def danlu_scorer(dtype: str) -> Score:
     import torch
 
     import danlu
@@ -86,19 +76,32 @@ def hf_scorer(dtype: str, folder: Path, batch_size: int) -> Score:
     return score
 
 
-SCORERS = {"danlu": danlu_scorer, "hf": hf_scorer}
+class Scorer(Contestant):
+    """A contestant, with what it has scored so far."""
+
+    def __init__(self, name: str, make: Callable[..., Score], *arguments: Any) -> None:
+        super().__init__(name, make, *arguments)
+        self.values: list[float] = []
+        self.seconds: list[float] = []
+
+    def run(self, questions: list[list[Request]]) -> None:
+        seconds, values = self.ask([request for requests in questions for request in requests])
+        self.seconds.append(seconds)
+        self.values += values
+
+    def scores(self) -> list[list[float]]:
+        """The choices' log-likelihoods, question by question."""
+        return [self.values[at : at + CHOICES] for at in range(0, len(self.values), CHOICES)]
+
+    def decisions(self) -> list[int]:
+        return [scores.index(max(scores)) for scores in self.scores()]
 
 
-def contestant(name: str, folder: Path, batch_size: int, connection: Connection) -> None:
-    """The main function of a contestant's process: requests in, (seconds, log-probabilities) out."""
-    sys.stdout = sys.stderr
-    program, dtype = CONTESTANTS[name]
-    score = SCORERS[program](dtype, folder, batch_size)
-    connection.send("ready")
-    while (requests := connection.recv()) is not None:
-        start = time.perf_counter()
-        values = score(requests)
-        connection.send((time.perf_counter() - start, values))
+def scorers(folder: Path, batch_size: int) -> Iterator[Scorer]:
+    """All contestants, one after the other."""
+    for dtype, theirs in (("float32", "float32"), ("bf16", "bfloat16")):
+        yield Scorer(f"danlu {dtype}", danlu_scorer, dtype)
+        yield Scorer(f"hf {dtype}", hf_scorer, theirs, folder, batch_size)
 
 
 # The questions.
@@ -158,48 +161,15 @@ def encode(questions: list[Question], folder: Path) -> list[list[Request]]:
 # The controller.
 
 
-class Contestant:
-    """A contestant's process, seen from outside."""
-
-    def __init__(self, name: str, folder: Path, batch_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name = name
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=contestant, args=(name, folder, batch_size, theirs))
-        self.process.start()
-        theirs.close()
-        self.connection.recv()
-        self.values: list[float] = []
-        self.seconds: list[float] = []
-
-    def run(self, questions: list[list[Request]]) -> None:
-        self.connection.send([request for requests in questions for request in requests])
-        seconds, values = self.connection.recv()
-        self.seconds.append(seconds)
-        self.values += values
-
-    def scores(self) -> list[list[float]]:
-        """The choices' log-likelihoods, question by question."""
-        return [self.values[at : at + CHOICES] for at in range(0, len(self.values), CHOICES)]
-
-    def decisions(self) -> list[int]:
-        return [scores.index(max(scores)) for scores in self.scores()]
-
-    def stop(self) -> None:
-        self.connection.send(None)
-        self.connection.close()
-        self.process.join()
-
-
 def measure(questions: list[Question], turns: int, batch_size: int, folder: Path) -> dict[str, Any]:
     """All contestants on all questions. Returns the rows, ratios and comparisons of the result."""
     *requests, first, second = encode(questions, folder)
     racers = {}
-    for name in CONTESTANTS:
-        racers[name] = Contestant(name, folder, batch_size)
-        racers[name].run([first, second])
-        racers[name].values.clear(), racers[name].seconds.clear()
-        say(f"{name} is warm")
+    for racer in scorers(folder, batch_size):
+        racers[racer.name] = racer
+        racer.run([first, second])
+        racer.values.clear(), racer.seconds.clear()
+        say(f"{racer.name} is warm")
     quiet = Quietness()
     for number in range(turns):
         part = requests[len(requests) * number // turns : len(requests) * (number + 1) // turns]
@@ -238,7 +208,7 @@ def shared_tokens(requests: list[Request]) -> int:
     return total
 
 
-def row(racer: Contestant, answers: list[int]) -> dict[str, Any]:
+def row(racer: Scorer, answers: list[int]) -> dict[str, Any]:
     right = [found == answer for found, answer in zip(racer.decisions(), answers, strict=True)]
     return {
         "contestant": racer.name,
@@ -250,7 +220,7 @@ def row(racer: Contestant, answers: list[int]) -> dict[str, Any]:
     }
 
 
-def ratio(ours: Contestant, peer: Contestant) -> dict[str, Any]:
+def ratio(ours: Scorer, peer: Scorer) -> dict[str, Any]:
     each = [theirs / mine for mine, theirs in zip(ours.seconds, peer.seconds, strict=True)]
     return {
         "median": statistics.median(each),
@@ -260,7 +230,7 @@ def ratio(ours: Contestant, peer: Contestant) -> dict[str, Any]:
     }
 
 
-def comparison(racers: dict[str, Contestant]) -> dict[str, Any]:
+def comparison(racers: dict[str, Scorer]) -> dict[str, Any]:
     """What must be alike, and how alike it is."""
     ours, theirs = racers["danlu float32"], racers["hf float32"]
     gaps = []

@@ -27,7 +27,8 @@ from statistics import median
 from typing import Any
 
 import psutil
-from train_throughput import Size, run_danlu, run_trainer, say
+from _racing import say
+from train_throughput import Size, run_danlu, run_trainer
 
 from danlu.core.host import memory_bytes, peak_rss_bytes, reset_peak_rss
 from danlu.model.config import ModelConfig

@@ -26,7 +26,7 @@ import httpx2 as httpx
 import numpy as np
 import openai
 import psutil
-from train_throughput import say
+from _racing import say
 
 from danlu.core import host
 from danlu.core.device import machine

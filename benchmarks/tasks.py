@@ -15,7 +15,6 @@ answered in text, is timed apart. --questions and --shots shrink it for a try.
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -25,11 +24,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from train_throughput import Quietness, say
+from _racing import Contestant, Quietness, say
 
 from danlu.core.host import cores
 
@@ -56,62 +54,30 @@ Requests = list[Any]
 # The contestants
 
 
-def danlu_model(folder: Path) -> Any:
+def danlu_work() -> Callable[..., list[Any]]:
     import torch
 
     import danlu
     from danlu.evaluate.harness import EngineLM
 
     torch.set_num_threads(cores())
-    return EngineLM(danlu.Engine(*danlu.load(MODEL, dtype=torch.float32)))
+    model = EngineLM(danlu.Engine(*danlu.load(MODEL, dtype=torch.float32)))
+    return lambda kind, requests, batch=None: getattr(model, kind)(requests)
 
 
-def hf_model(folder: Path) -> Any:
+def hf_work(folder: Path) -> Callable[..., list[Any]]:
     import torch
     from lm_eval.models.huggingface import HFLM
 
     torch.set_num_threads(cores())
-    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    model = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
 
-
-CONTESTANTS: dict[str, Callable[[Path], Any]] = {"danlu": danlu_model, "hf": hf_model}
-
-
-def contestant(name: str, folder: Path, connection: Connection) -> None:
-    """The main function of a contestant's process: (batch, kind, requests) in, (seconds, answers) out."""
-    sys.stdout = sys.stderr
-    model = CONTESTANTS[name](folder)
-    connection.send("ready")
-    while (asked := connection.recv()) is not None:
-        batch, kind, requests = asked
-        if name == "hf":
-            model.batch_size_per_gpu = batch
-        begin = time.perf_counter()
-        answers = getattr(model, kind)(requests)
-        connection.send((time.perf_counter() - begin, answers))
-
-
-class Contestant:
-    """A contestant's process, seen from outside."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name = name
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=contestant, args=(name, folder, theirs))
-        self.process.start()
-        theirs.close()
-        self.connection.recv()
-
-    def ask(self, kind: str, requests: Requests, batch: int = 1) -> tuple[float, list[Any]]:
-        self.connection.send((batch, kind, requests))
-        found: tuple[float, list[Any]] = self.connection.recv()
+    def work(kind: str, requests: Requests, batch: int = 1) -> list[Any]:
+        model.batch_size_per_gpu = batch
+        found: list[Any] = getattr(model, kind)(requests)
         return found
 
-    def stop(self) -> None:
-        self.connection.send(None)
-        self.connection.close()
-        self.process.join()
+    return work
 
 
 # The questions
@@ -308,7 +274,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "hf"
         convert(ConvertConfig(source=MODEL, out=folder, dtype="float32"))
-        ours, hf = Contestant("danlu", folder), Contestant("hf", folder)
+        ours, hf = Contestant("danlu", danlu_work), Contestant("hf", hf_work, folder)
         for racer in (ours, hf):
             racer.ask("loglikelihood", of_questions(asked[names[0]], 2))
         quiet = Quietness()

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from _racing import Quietness, median_interval, say
 
 from danlu.core.host import peak_rss_bytes
 from danlu.model.config import LoraConfig, ModelConfig
@@ -353,23 +354,6 @@ def product_rate(device: str) -> float:
     return 2 * size**3 / best
 
 
-class Quietness:
-    """Share of the processor's time that went to processes other than this run's."""
-
-    def __init__(self) -> None:
-        self.begin = self._now()
-
-    def _now(self) -> tuple[float, float, float]:
-        times = psutil.cpu_times()
-        me = psutil.Process()
-        own = sum(t.user + t.system for p in [me, *me.children(recursive=True)] for t in [p.cpu_times()])
-        return sum(times), sum(times) - times.idle - times.iowait, own
-
-    def others(self) -> float:
-        total, busy, own = (now - then for now, then in zip(self._now(), self.begin, strict=True))
-        return max(0.0, busy - own) / total
-
-
 def measure(name: str, size: Size, device: str, lora: bool, alternations: int) -> dict[str, Any]:
     """One size: every contestant, turn by turn. Returns the rows and ratios of the result."""
 
@@ -448,23 +432,6 @@ def summarise(
             "others_share_of_processor": others,
         },
     }
-
-
-def median_interval(values: list[float]) -> tuple[float, float]:
-    """Order statistics that hold the median with a probability of at least 95 % (sign test).
-
-    With 7 values these are the smallest and the largest (98.4 %); with fewer than 6 they hold it less often.
-    """
-    from math import comb
-
-    values, n, drop = sorted(values), len(values), 0
-    while 2 * sum(comb(n, k) for k in range(drop + 2)) / 2**n <= 0.05:
-        drop += 1
-    return values[drop], values[n - 1 - drop]
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def table(result: dict[str, Any]) -> str:

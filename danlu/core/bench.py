@@ -19,7 +19,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
     Raises UserError for an unknown name, and where the benchmark refuses its options.
     """
-    known = {file.stem.replace("_", "-"): file for file in sorted(BENCHMARKS.glob("*.py"))}
+    known = {file.stem.replace("_", "-"): file for file in sorted(BENCHMARKS.glob("[!_]*.py"))}
     name = config.name.replace("_", "-")
     if name not in known:
         hint = nearest(name, known).removeprefix("; ") if known else "they come with a checkout of danlu"

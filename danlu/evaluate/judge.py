@@ -7,7 +7,7 @@ AlpacaEval"). Prompts are data: our own stand below, and FastChat's file of them
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,16 +64,6 @@ def read_prompts(path: Path) -> dict[str, JudgePrompt]:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A question and the answers of two models."""
-
-    question: str
-    a: str
-    b: str
-    reference: str = ""
-
-
-@dataclass(frozen=True)
 class Judgement:
     """Of a pair, in both orders; None where the judge said nothing that can be read."""
 
@@ -91,15 +81,6 @@ class Judgement:
         return read[0] if read[0] == read[1] else "tie"
 
 
-def judge_pairs(judge: Judge, pairs: Sequence[Pair], prompt: JudgePrompt = PAIR) -> list[Judgement]:
-    """Each in both orders. Raises UserError where the judge can't be read at all."""
-
-    def fill(pair: Pair, one: str, other: str) -> Messages:
-        return prompt.fill(question=pair.question, answer_a=one, answer_b=other, ref_answer_1=pair.reference)
-
-    return both_orders(judge, [(fill(one, one.a, one.b), fill(one, one.b, one.a)) for one in pairs])
-
-
 def both_orders(judge: Judge, asked: Sequence[tuple[Messages, Messages]]) -> list[Judgement]:
     """Of prompts with A's answer first, and with B's. Raises UserError where no judgement can be read."""
     said = [read_side(text) for text in judge([prompt for both in asked for prompt in both])]
@@ -109,19 +90,6 @@ def both_orders(judge: Judge, asked: Sequence[tuple[Messages, Messages]]) -> lis
         )
     turned: dict[Side | None, Side | None] = {"a": "b", "b": "a", "tie": "tie", None: None}
     return [Judgement(said[n], turned[said[n + 1]]) for n in range(0, len(said), 2)]
-
-
-def grade(
-    judge: Judge, rows: Sequence[Mapping[str, str]], prompt: JudgePrompt = SINGLE
-) -> list[float | None]:
-    """Grades of rows of question, answer and perhaps reference. Raises UserError as `judge_pairs`."""
-    return grades(
-        judge,
-        [
-            prompt.fill(question=row["question"], answer=row["answer"], ref_answer_1=row.get("reference", ""))
-            for row in rows
-        ],
-    )
 
 
 def grades(judge: Judge, asked: Sequence[Messages]) -> list[float | None]:
@@ -163,16 +131,16 @@ class WinRate:
     length_controlled: float | None
 
 
-def win_rate(pairs: Sequence[Pair], judgements: Sequence[Judgement]) -> WinRate:
-    """Raises UserError where no pair has a verdict."""
-    judged = [(pair, one) for pair, one in zip(pairs, judgements, strict=True) if one.verdict is not None]
+def win_rate(answers: Sequence[tuple[str, str]], judgements: Sequence[Judgement]) -> WinRate:
+    """Of A's and B's answers. Raises UserError where no pair has a verdict."""
+    judged = [(pair, one) for pair, one in zip(answers, judgements, strict=True) if one.verdict is not None]
     if not judged:
         raise UserError("no pair was judged in both orders", "take another judge or prompt")
     score = {"a": 0.0, "tie": 0.5, "b": 1.0}
     wins = [score[one.verdict] for _, one in judged if one.verdict is not None]
     firsts = [one.first == "a" for _, one in judged if one.first != "tie"]
     firsts += [one.second == "b" for _, one in judged if one.second != "tie"]
-    gaps = [len(pair.b) - len(pair.a) for pair, _ in judged]
+    gaps = [len(b) - len(a) for (a, b), _ in judged]
     return WinRate(
         rate=float(np.mean(wins)),
         interval=bootstrap_interval(wins),

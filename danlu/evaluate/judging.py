@@ -28,7 +28,6 @@ from danlu.evaluate.judge import (
     SINGLE,
     Judge,
     JudgePrompt,
-    Pair,
     both_orders,
     grades,
     read_prompts,
@@ -303,19 +302,17 @@ def _compared(
         raise UserError(
             f"{config.against}: question {missing[0]} is missing, or another one", "answer the same questions"
         )
+
+    def shown(one: Asked, turn: int, first: Asked, second: Asked) -> Messages:
+        answers = _answers_of(first, turn, "a") | _answers_of(second, turn, "b")
+        return _prompt(prompts, "pair", one, turn).fill(**_texts(one, turn), **answers)
+
     asked = _turns(rows)
-    both = []
-    for one, turn in asked:
-        prompt, texts, other = _prompt(prompts, "pair", one, turn), _texts(one, turn), known[one.id]
-        orders = ((other, one), (one, other))
-        both.append(
-            tuple(
-                prompt.fill(**texts, **_answers_of(first, turn, "a"), **_answers_of(second, turn, "b"))
-                for first, second in orders
-            )
-        )
-    judgements = both_orders(ask, both)  # type: ignore[arg-type]
-    pairs = [Pair(one.turns[turn], known[one.id].answers[turn], one.answers[turn]) for one, turn in asked]
+    both = [
+        (shown(one, turn, known[one.id], one), shown(one, turn, one, known[one.id])) for one, turn in asked
+    ]
+    judgements = both_orders(ask, both)
+    pairs = [(known[one.id].answers[turn], one.answers[turn]) for one, turn in asked]
     rate = win_rate(pairs, judgements)
     winners = {"a": "against", "b": "answers", "tie": "tie", None: None}
     kept = [

@@ -24,6 +24,7 @@ from danlu.generate.packed import (
     multiply,
     pack,
     pairs,
+    product_dtype,
     reordered,
     reordered_bytes,
     weight_of,
@@ -166,8 +167,7 @@ class FastRunner(Runner):
 
     def logits(self, hidden: Tensor) -> Tensor:
         if not self.exact and len(hidden) > (FEW_IN_PAIRS if self.output.paired else FEW):
-            dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
-            return multiply(hidden.to(dtype), self.products[-1][0]).float()
+            return multiply(hidden.to(product_dtype(self.kind)), self.products[-1][0]).float()
         found = np.empty((len(hidden), self.model.config.vocab_size), np.float32)
         product(*self._head, hidden.numpy(), found, get_num_threads() * 4)
         return torch.from_numpy(found)
@@ -231,7 +231,7 @@ class FastRunner(Runner):
 
     def _many(self, x: Tensor, step: Step) -> Tensor:
         config, eps = self.model.config, np.float32(self.model.config.norm_eps)
-        dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
+        dtype = product_dtype(self.kind)
         cos, sin = self._rotations(step)
         norms, head_norms, biases = self.norms.numpy(), self.head_norms.numpy(), self.qkv_bias.numpy()
         keys, values = self.cache.arrays

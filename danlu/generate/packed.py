@@ -31,6 +31,8 @@ from danlu.model.transformer import Transformer
 
 Kind = Literal["float32", "bf16", "int8", "int4"]
 GROUP = 32
+BFLOAT16_PRODUCTS = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+"""Whether oneDNN multiplies bfloat16 on this processor: it takes AVX-512, or what came after it."""
 
 
 @dataclass(frozen=True)
@@ -125,17 +127,23 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return found
 
 
+def product_dtype(kind: Kind) -> torch.dtype:
+    """In which oneDNN multiplies matrices of this kind: bfloat16, where it can on this processor."""
+    return torch.float32 if kind == "float32" or not BFLOAT16_PRODUCTS else torch.bfloat16
+
+
 def reordered(matrix: Matrix) -> Tensor:
-    """A matrix (rows, D) as oneDNN likes it for products with few rows; 8 and 4 bits as bfloat16."""
+    """A matrix (rows, D) as oneDNN likes it for products with few rows, in its `product_dtype`."""
+    dtype = product_dtype("float32" if matrix.data.dtype == torch.float32 else "bf16")
     as_it_is = matrix.data.is_floating_point() and not matrix.paired
-    data = matrix.data if as_it_is else unpack(matrix).bfloat16()
-    return torch.ops.mkldnn._reorder_linear_weight(data, 16)
+    data = matrix.data if as_it_is else unpack(matrix)
+    return torch.ops.mkldnn._reorder_linear_weight(data.to(dtype), 16)
 
 
 def reordered_bytes(matrix: Matrix) -> int:
     """What `reordered` takes: a number of bfloat16 or float32 for each."""
     numbers = matrix.data.numel() * (2 if matrix.data.dtype == torch.uint8 else 1)
-    return numbers * (4 if matrix.data.dtype == torch.float32 else 2)
+    return numbers * product_dtype("float32" if matrix.data.dtype == torch.float32 else "bf16").itemsize
 
 
 def multiply(x: Tensor, matrix: Tensor) -> Tensor:

@@ -104,26 +104,22 @@ def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Re
     found = scores(engine, setup, config.seed)
     flat = {arm: values.reshape(-1) for arm, values in found.items()}
     none, five = flat["0 shots"], flat["5 shots"]
-    gain, told = (five - none).tolist(), (five - flat[SHUFFLED]).tolist()
+    form = flat[SHUFFLED] - none
     save_plot(_plot(found, setup), folder)
     return judged(
         Result(
             paper="Brown et al. 2020: Language Models are Few-Shot Learners",
             rule=__doc__ or "",
             claims=[
-                Claim(
-                    claim="five shots beat none",
-                    verdict=at_least(bootstrap_interval(gain), 1e-9),
-                    value=float(np.mean(gain)),
-                    interval=bootstrap_interval(gain),
-                    required="mean over eight tasks of 5 shots minus 0 shots above 0, whole interval",
+                above_none(
+                    "five shots beat none",
+                    five - none,
+                    "mean over eight tasks of 5 shots minus 0 shots above 0, whole interval",
                 ),
-                Claim(
-                    claim="what the examples say counts",
-                    verdict=at_least(bootstrap_interval(told), 1e-9),
-                    value=float(np.mean(told)),
-                    interval=bootstrap_interval(told),
-                    required="5 shots minus 5 shots with each other's answers above 0, whole interval",
+                above_none(
+                    "what the examples say counts",
+                    five - flat[SHUFFLED],
+                    "5 shots minus 5 shots with each other's answers above 0, whole interval",
                 ),
             ],
             controls=[control(UNRELATED, flat[UNRELATED] - none)],
@@ -132,12 +128,23 @@ def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Re
             not_tested="That the gap grows with the model's size; other tasks; 175 billion parameters.",
             figures={
                 "form alone: with each other's answers, minus 0 shots": [
-                    float(np.mean(flat[SHUFFLED] - none)),
-                    *bootstrap_interval((flat[SHUFFLED] - none).tolist()),
+                    float(form.mean()),
+                    *bootstrap_interval(form.tolist()),
                 ],
                 **{arm: _means(values, tasks(config.seed)) for arm, values in found.items()},
             },
         )
+    )
+
+
+def above_none(claim: str, gains: np.ndarray, required: str) -> Claim:
+    interval = bootstrap_interval(gains.tolist())
+    return Claim(
+        claim=claim,
+        verdict=at_least(interval, 1e-9),
+        value=float(gains.mean()),
+        interval=interval,
+        required=required,
     )
 
 

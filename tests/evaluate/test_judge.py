@@ -13,10 +13,11 @@ from danlu.core.errors import UserError
 from danlu.data.conversations import Messages
 from danlu.evaluate.judge import (
     PAIR,
+    SINGLE,
+    Judge,
     Judgement,
-    Pair,
-    grade,
-    judge_pairs,
+    both_orders,
+    grades,
     length_controlled,
     read_grade,
     read_prompts,
@@ -24,10 +25,7 @@ from danlu.evaluate.judge import (
     win_rate,
 )
 
-PAIRS = [
-    Pair(f"Question {n}?", f"{'good' if n % 2 else 'bad'} {n}", f"{'bad' if n % 2 else 'good'} {n}")
-    for n in range(20)
-]
+PAIRS = [(f"{'good' if n % 2 else 'bad'} {n}", f"{'bad' if n % 2 else 'good'} {n}") for n in range(20)]
 
 
 def fair(asked: Sequence[Messages]) -> list[str]:
@@ -43,15 +41,22 @@ def biased(asked: Sequence[Messages]) -> list[str]:
     return ["The first. [[A]]"] * len(asked)
 
 
+def judged(judge: Judge, pairs: Sequence[tuple[str, str]]) -> list[Judgement]:
+    def prompt(first: str, second: str) -> Messages:
+        return PAIR.fill(question="Which?", answer_a=first, answer_b=second)
+
+    return both_orders(judge, [(prompt(a, b), prompt(b, a)) for a, b in pairs])
+
+
 def test_a_fair_judge_is_the_same_in_both_orders() -> None:
-    found = judge_pairs(fair, PAIRS)
+    found = judged(fair, PAIRS)
     assert [one.verdict for one in found] == ["a" if n % 2 else "b" for n in range(20)]
     rate = win_rate(PAIRS, found)
     assert (rate.rate, rate.consistent, rate.first_preferred, rate.n) == (0.5, 1, 0.5, 20)
 
 
 def test_a_judge_that_prefers_the_first_decides_nothing() -> None:
-    found = judge_pairs(biased, PAIRS)
+    found = judged(biased, PAIRS)
     assert {one.verdict for one in found} == {"tie"}
     rate = win_rate(PAIRS, found)
     assert (rate.rate, rate.consistent, rate.first_preferred) == (0.5, 0, 1)
@@ -59,20 +64,20 @@ def test_a_judge_that_prefers_the_first_decides_nothing() -> None:
 
 def test_what_cannot_be_read_does_not_count() -> None:
     answers = iter(["[[A]]", "[[B]]", "no idea", "[[A]]", "[[A]] or rather [[B]]", "[[A]]"])
-    found = judge_pairs(lambda asked: [next(answers) for _ in asked], PAIRS[:3])
+    found = judged(lambda asked: [next(answers) for _ in asked], PAIRS[:3])
     assert found == [Judgement("a", "a"), Judgement(None, "b"), Judgement("b", "b")]
     rate = win_rate(PAIRS[:3], found)
     assert (rate.rate, rate.n, rate.unread) == (0.5, 2, 1)
     for nonsense in ("", "[[D]]", "A"):
         with pytest.raises(UserError, match="none of the judge's answers"):
-            judge_pairs(lambda asked, nonsense=nonsense: [nonsense] * len(asked), PAIRS)
+            judged(lambda asked, nonsense=nonsense: [nonsense] * len(asked), PAIRS)
     with pytest.raises(UserError, match="no pair was judged"):
         win_rate(PAIRS[:1], [Judgement(None, "a")])
 
 
 def test_an_answer_does_not_change_the_prompt() -> None:
-    sly = Pair("Q {answer_b}", "{answer_b} {question} {", "plain")
-    text = PAIR.fill(question=sly.question, answer_a=sly.a, answer_b=sly.b)[1]["content"]
+    sly = {"question": "Q {answer_b}", "answer_a": "{answer_b} {question} {", "answer_b": "plain"}
+    text = PAIR.fill(**sly)[1]["content"]
     assert "First answer:\n{answer_b} {question} {\n" in text
     assert "Question:\nQ {answer_b}\n" in text
 
@@ -86,11 +91,11 @@ def test_grades() -> None:
         None,
     ]
     assert read_side("[[A]] no [[C]]") == "tie"
-    rows = [{"question": "Q", "answer": "A"}] * 3
+    asked = [SINGLE.fill(question="Q", answer="A")] * 3
     answers = iter(["[[3]]", "?", "[[4]]"])
-    assert grade(lambda asked: [next(answers) for _ in asked], rows) == [3, None, 4]
+    assert grades(lambda asked: [next(answers) for _ in asked], asked) == [3, None, 4]
     with pytest.raises(UserError, match="a grade such as"):
-        grade(lambda asked: ["?"] * len(asked), rows)
+        grades(lambda asked: ["?"] * len(asked), asked)
 
 
 def test_at_equal_lengths_what_is_left_of_a_win_rate() -> None:

@@ -11,7 +11,7 @@ import torch
 from numba import get_num_threads
 
 from danlu.core.errors import UserError
-from danlu.generate import jit, kernels, pairs
+from danlu.generate import jit, kernels, packed, pairs
 from danlu.generate.packed import GROUP, empty, multiply, pack, reordered, steady, unpack
 from danlu.generate.paged import as_array
 from danlu.generate.products import product
@@ -97,11 +97,17 @@ def test_four_bits_need_whole_groups() -> None:
         empty((3, 100), "int4")
 
 
+NO_BFLOAT16 = pytest.mark.skipif(not packed.BFLOAT16_PRODUCTS, reason="oneDNN has no bfloat16 here")
+PRODUCTS = [pytest.param(True, marks=NO_BFLOAT16, id="bfloat16 products"), pytest.param(False, id="without")]
+
+
+@pytest.mark.parametrize("has", PRODUCTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_tokens_are_multiplied_alike(kind: Any) -> None:
+def test_many_tokens_are_multiplied_alike(kind: Any, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a processor on which oneDNN doesn't multiply bfloat16."""
+    monkeypatch.setattr(packed, "BFLOAT16_PRODUCTS", has)
     w = matrix(48, 64, kind)
-    dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    x = torch.randn(20, 64).to(dtype)
+    x = torch.randn(20, 64).to(packed.product_dtype(kind))
     expected = x.float() @ unpack(w).T
     tolerance = 1e-5 if kind == "float32" else 1e-2
     found = multiply(x, reordered(w)).float()
