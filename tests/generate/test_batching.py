@@ -125,7 +125,7 @@ def test_random_requests_are_answered_as_alone(name: str, tokenizer: Tokenizer) 
 def test_a_processor_without_products_of_bfloat16(
     name: str, kind: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The batch goes to oneDNN then in float32: nearer to the exact sums than in bfloat16, in the same kind."""
+    """There the batch goes to oneDNN in float32, the weights being of the same kind."""
     whole = [(ids[:-12], ids[-12:]) for ids, _ in some_requests(24, 3) if len(ids) > 12]
     exact = Engine(make(name), tokenizer, dtype=kind, deterministic=True).likelihoods(whole)
     monkeypatch.setattr(packed, "BFLOAT16_PRODUCTS", False)

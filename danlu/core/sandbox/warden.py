@@ -1,0 +1,321 @@
+"""The jail's first process: warm, it forks what runs a program, and judges from outside how that ended.
+
+Nothing that a program sends is trusted here, and nothing of the warden's can be reached by it: a program runs
+as another user (as root) or without any capability (else), in namespaces of its own for processes, mounts and
+shared memory, behind a filter of system calls. For each a guard is forked, which watches it and ends it with
+all that it has started. Standard library only.
+"""
+
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from danlu.core.sandbox import jail, kernel
+from danlu.core.sandbox.examine import Wire, answer, examine
+from danlu.core.sandbox.limits import Limits
+
+WARM = """abc array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions
+functools hashlib heapq inspect itertools json math operator queue random re statistics string textwrap typing
+"""
+"""What programs often import; read once, before the forks."""
+FOLDER = "/tmp"
+PAUSE = 0.05
+"""Seconds between two looks at a program's memory."""
+GRACE = 0.5
+"""Seconds after which a guard ends a program itself; the examiner's own clock comes first."""
+KEPT = 10_000
+"""Bytes of a program's output that are reported."""
+
+
+# Inside a forked process
+
+
+def confine(limits: Limits, user: int | None, filter_program: bytes) -> None:
+    """Gives up every privilege, for good, and sets what the kernel itself limits."""
+    one, size = resource.setrlimit, limits.memory_bytes
+    if limits.address_space:
+        one(resource.RLIMIT_AS, (size, size))
+    one(resource.RLIMIT_DATA, (size, size))
+    one(resource.RLIMIT_CORE, (0, 0))
+    one(resource.RLIMIT_FSIZE, (limits.file_bytes, limits.file_bytes))
+    one(resource.RLIMIT_NOFILE, (256, 256))
+    cpu = int(limits.seconds * (os.cpu_count() or 1)) + 1
+    one(resource.RLIMIT_CPU, (cpu, cpu + 1))
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    # After the change of user, which is refused where the new one has too many processes.
+    one(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
+    kernel.drop_capabilities()
+    kernel.filter_calls(filter_program)
+
+
+def _only(*kept: int) -> None:
+    """Closes all descriptors but the first three and these."""
+    last = 2
+    for number in sorted(kept):
+        os.closerange(last + 1, number)
+        last = number
+    os.closerange(last + 1, 65536)
+
+
+def _stdio(stdin: int, output: int) -> None:
+    os.dup2(stdin, 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+
+def _fork(work: Callable[[], Any]) -> int:
+    """A process that does this and ends, whatever happens. Returns its number."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        return pid
+    code = 70
+    try:
+        work()
+        code = 0
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(code)
+
+
+# A guard: one program
+
+
+class Guard:
+    """Starts a program's processes, and watches them to their end."""
+
+    def __init__(self, limits: Limits, users: tuple[int, int] | None, filter_program: bytes) -> None:
+        self.limits = limits
+        self.candidate_user: int | None
+        self.examiner_user: int | None
+        self.candidate_user, self.examiner_user = users or (None, None)
+        self.filter_program = filter_program
+        self.begin = time.monotonic()
+        self.output = b""
+        self.written = 0
+
+    def python(self, control: Wire) -> dict[str, Any]:
+        """A candidate and its examiner, whose verdict comes with the token that only it was given.
+
+        Both are forked before the request is read, so that nothing of the test was ever in the candidate's
+        memory.
+        """
+        calls, answers, orders, verdict, output = os.pipe(), os.pipe(), os.pipe(), os.pipe(), os.pipe()
+        null = os.open("/dev/null", os.O_RDWR)
+
+        def examiner() -> None:
+            os.setsid()
+            _stdio(null, null)
+            _only(answers[0], calls[1], orders[0], verdict[1])
+            confine(self.limits, self.examiner_user, self.filter_program)
+            kernel.undumpable()
+            asked = json.loads(Wire(orders[0], -1).receive())
+            wire, until = Wire(answers[0], calls[1]), self.begin + self.limits.seconds
+            found = examine(asked["context"], asked["test"], tuple(asked["names"]), wire, until)
+            Wire(-1, verdict[1]).send(json.dumps([asked["token"], *found]).encode())
+
+        def candidate() -> None:
+            self._move_in(null, output[1], calls[0], answers[1])
+            wire = Wire(calls[0], answers[1])
+            answer(wire.receive().decode("utf-8", "surrogatepass"), wire)
+
+        judge = _fork(examiner)
+        kernel.unshare(kernel.NEWPID | kernel.NEWIPC)
+        process = _fork(candidate)
+        for one in (calls[0], *answers, orders[0], verdict[1], output[1], null):
+            os.close(one)
+        source, order = control.receive(), control.receive()
+        token = json.loads(order)["token"]
+        try:
+            Wire(-1, calls[1]).send(source)
+            os.close(calls[1])
+            Wire(-1, orders[1]).send(order)
+        except BrokenPipeError:
+            pass  # the candidate or the examiner couldn't start; what is watched ends at once
+        messages, why = self._watch(process, output[0], verdict[0])
+        _end(judge)
+        given, how, said, call, result = messages[0] if messages else (token, why, "", "", None)
+        if given != token:
+            how = "ended"
+        return self._report() | {"how": how, "said": said, "call": call, "result": result}
+
+    def commands(self, control: Wire) -> dict[str, Any]:
+        """Programs one after the other in one folder, until one fails."""
+        asked = json.loads(control.receive())
+        status, output = os.pipe(), os.pipe()
+        null = os.open("/dev/null", os.O_RDWR)
+
+        def first() -> None:
+            self._move_in(null, output[1], status[1], proc=True)
+            kernel.undumpable()  # the programs run as the same user, and can see it
+            for name, text in asked["files"].items():
+                os.makedirs(os.path.dirname(os.path.join(FOLDER, name)), exist_ok=True)
+                with open(os.path.join(FOLDER, name), "w", encoding="utf-8", errors="surrogatepass") as file:
+                    file.write(text)
+            for argv in asked["steps"]:
+                begin = time.monotonic()
+                child = _fork(partial(os.execvpe, argv[0], argv, asked["environment"]))
+                code = os.waitstatus_to_exitcode(_wait(child))
+                Wire(-1, status[1]).send(json.dumps([code, time.monotonic() - begin]).encode())
+                if code != 0:
+                    break
+
+        kernel.unshare(kernel.NEWPID | kernel.NEWIPC)
+        process = _fork(first)
+        for one in (status[1], output[1], null):
+            os.close(one)
+        steps, why = self._watch(process, output[0], status[0])
+        return self._report() | {"how": why, "steps": steps}
+
+    def _move_in(self, stdin: int, output: int, *kept: int, proc: bool = False) -> None:
+        """The first process of its namespaces becomes the program's: alone, with a /tmp of its own."""
+        os.setsid()
+        _stdio(stdin, output)
+        _only(*kept)
+        kernel.unshare(kernel.NEWNS)
+        user = self.candidate_user if self.candidate_user is not None else 0
+        options = f"mode=700,size={self.limits.file_bytes},nr_inodes=10000,uid={user},gid={user}"
+        kernel.mount("danlu", FOLDER, "tmpfs", kernel.NOSUID | kernel.NODEV, options)
+        kernel.unmount("/proc")
+        if proc:
+            kernel.mount("proc", "/proc", "proc", kernel.NOSUID | kernel.NODEV | kernel.NOEXEC)
+        os.chdir(FOLDER)
+        confine(self.limits, self.candidate_user, self.filter_program)
+
+    def _report(self) -> dict[str, Any]:
+        return {
+            "output": self.output.decode("utf-8", "replace"),
+            "seconds": time.monotonic() - self.begin,
+        }
+
+    def _watch(self, process: int, output: int, messages: int) -> tuple[list[Any], str]:
+        """Until the pipe of messages is closed. Returns them, and why no more came."""
+        open_ends, data = [output, messages], b""
+        last = self.begin + self.limits.seconds + GRACE
+        why = "ended"
+        while messages in open_ends:
+            left = last - time.monotonic()
+            if left <= 0:
+                why = "timed out"
+                break
+            ready, _, _ = select.select(open_ends, [], [], min(left, PAUSE))
+            for end in ready:
+                part = os.read(end, 65536)
+                if not part:
+                    open_ends.remove(end)
+                elif end == messages:
+                    data += part
+                else:
+                    self.written += len(part)
+                    self.output += part[: max(0, KEPT - len(self.output))]
+            if self.written > self.limits.output_bytes:
+                why = "too much output"
+                break
+            if not ready and _memory(process) > self.limits.memory_bytes:
+                why = "too much memory"
+                break
+        _end(process)
+        found = []
+        while len(data) >= 8:
+            end = 8 + int.from_bytes(data[:8], "little")
+            if len(data) < end:
+                break
+            found.append(json.loads(data[8:end]))
+            data = data[end:]
+        return found, why
+
+
+def _wait(child: int) -> int:
+    """Until this child has ended; others, of which this process is the last parent, are reaped meanwhile."""
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            return status
+
+
+def _end(process: int) -> None:
+    """Ends it, and with the first process of a namespace all others in it; waits until they are gone."""
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+def _memory(first: int) -> int:
+    """Resident bytes of a process and of all in its namespace of processes."""
+    space, total = _namespace(str(first)), 0
+    for name in os.listdir("/proc"):
+        if name.isdigit() and space and _namespace(name) == space:
+            try:
+                with open(f"/proc/{name}/statm", "rb") as file:
+                    total += int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            except OSError:
+                continue  # gone meanwhile
+    return total
+
+
+def _namespace(process: str) -> str:
+    try:
+        return os.readlink(f"/proc/{process}/ns/pid")
+    except OSError:
+        return ""
+
+
+# The warden
+
+
+def serve(control: int, users: tuple[int, int] | None) -> None:
+    """Answers requests until the other end of this socket is closed, by whatever its owner's end was."""
+    for name in WARM.split():
+        __import__(name)
+    wire = Wire(control, control)
+    filter_program = kernel.call_filter()
+    wire.send(b"ready")
+    while True:
+        try:
+            head = json.loads(wire.receive())
+        except EOFError:
+            return
+        reads, writes = os.pipe()
+
+        def guard(head: dict[str, Any] = head, writes: int = writes) -> None:
+            watcher = Guard(Limits(**head["limits"]), users, filter_program)
+            work = {"python": watcher.python, "commands": watcher.commands}[head["kind"]]
+            Wire(-1, writes).send(json.dumps(work(wire)).encode())
+
+        process = _fork(guard)
+        os.close(writes)
+        try:
+            report = Wire(reads, -1).receive()
+        except EOFError:
+            report = json.dumps({"how": "broken"}).encode()
+        os.close(reads)
+        _wait(process)
+        wire.send(report)
+
+
+def main() -> None:
+    """`warden CONTROL BACKEND ROOT USERS`: becomes the jail, and serves the socket CONTROL."""
+    control, backend, root, users = json.loads(sys.argv[1])
+    pair = tuple(users) if users else None
+    if backend == "namespaces":
+        jail.build(jail.Root(tuple(map(tuple, root))), privileged=bool(users))
+        if child := os.fork():
+            os.close(control)
+            _wait(child)
+            return
+        jail.enter_first_process()
+    serve(control, pair)
+
+
+if __name__ == "__main__":
+    main()
