@@ -1,7 +1,126 @@
 """Programs that try to get out of the jail, to harm what is in it, or to pass a test without solving it.
 
-Each defines `f`, of which a test wants `f(20) == 22`. What a program gets hold of, `f` returns.
+Each defines `f`, of which a test wants `f(20) == 22`. What a program gets hold of, `f` returns. Run as a
+program this file tries all of them, and prints what went wrong: a list in JSON. Standard library only, so that
+another user with another Python can run it.
 """
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from danlu.core.sandbox.host import Jail
+from danlu.core.sandbox.limits import Limits
+
+TEST = "assert f(20) == 22"
+SMALL = Limits(seconds=1.5, memory_bytes=512 << 20, processes=32)
+GAINS = re.compile(
+    r"4711|connected|^wrote|traced|read \d|mounted|unshared|says 0|made many|too much|made it|found what"
+)
+"""What a program says that got what it was after."""
+
+
+@dataclass
+class World:
+    """What a program may try to reach: a secret, a server, a socket, a process."""
+
+    secret: Path
+    servers: list[socket.socket]
+    victim: "subprocess.Popen[bytes]"
+
+    def program(self, name: str) -> str:
+        return PROGRAMS[name].format(
+            secret_file=self.secret,
+            port=self.servers[0].getsockname()[1],
+            victim=self.victim.pid,
+            prefix=sys.base_prefix,
+        )
+
+    def harm(self) -> list[str]:
+        """What has happened to it."""
+        found = []
+        with open(f"/proc/{self.victim.pid}/stat", encoding="ascii") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+        if state != "S":
+            found.append(f"the victim is in state {state}")
+        if self.secret.read_text() != SECRET:
+            found.append("the secret was changed")
+        for server in self.servers:
+            try:
+                server.accept()
+            except BlockingIOError:
+                continue
+            found.append("a connection came in")
+        found += [f"{p} is there" for p in (*Path("/").glob("danlu-h*"), *Path("/").glob("*/danlu-h*"))]
+        return found
+
+
+SECRET = "the danlu-secret is 4711"
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    with ExitStack() as stack:
+        home = stack.enter_context(tempfile.TemporaryDirectory(dir=Path.home(), prefix="danlu-secret-"))
+        secret = Path(home) / "danlu-secret"
+        secret.write_text(SECRET)
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        abstract = stack.enter_context(socket.socket(socket.AF_UNIX))
+        abstract.bind(f"\0danlu-hostile-{server.getsockname()[1]}")
+        abstract.listen()
+        for one in (server, abstract):
+            one.settimeout(0)
+        victim = subprocess.Popen(["sleep", "600"])
+        try:
+            yield World(secret, [server, abstract], victim)
+        finally:
+            victim.kill()
+            victim.wait()
+
+
+def attempt(jail: Jail, world: World, name: str) -> list[str]:
+    """What is wrong after this program was run twice: against the test, and for what it gets hold of."""
+    source, begin = world.program(name), time.monotonic()
+    wrong = []
+    found = jail.examine(source, "", TEST, ["f"], SMALL)
+    if found.passed:
+        wrong.append(f"it passes: {found}")
+    if time.monotonic() - begin > SMALL.seconds + 3:
+        wrong.append("it took too long")
+    gained = jail.examine(source, "", "result = str(f(20))", ["f"], SMALL)
+    if GAINS.search(str(gained.result)):
+        wrong.append(f"it gained: {gained}")
+    if not jail.examine("def f(x):\n    return x + 2", "", TEST, ["f"], SMALL).passed:
+        wrong.append("an honest program no longer passes")
+    if len(left := below(jail.process.pid)) > 2:  # bubblewrap or our starter, and the warden
+        wrong.append(f"processes are left: {left}")
+    return [f"{name}: {one}" for one in wrong + world.harm()]
+
+
+def below(process: int) -> list[int]:
+    """This process and all that come from it."""
+    parents = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                parents[int(name)] = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = [process]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
 
 PROGRAMS: dict[str, str] = {
     # Out, over a network
@@ -484,3 +603,13 @@ def f(x):
     return "x" * 100_000_000
 """,
 }
+
+
+if __name__ == "__main__":
+    complaints: list[Any] = []
+    with world() as around:
+        for backend in sys.argv[1:]:
+            with Jail(backend, 1) as held:  # type: ignore[arg-type]
+                for program in PROGRAMS:
+                    complaints += attempt(held, around, program)
+    print(json.dumps(complaints))

@@ -13,6 +13,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from danlu.core.sandbox.values import MAX_BYTES, decode, encode
@@ -87,8 +88,9 @@ def answer(source: str, wire: Wire) -> None:
         return lambda: target(*args, **kwargs)
 
     run(lambda: exec(compile(source, "candidate.py", "exec"), module.__dict__))
-    while True:
-        run(asked())
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            run(asked())
 
 
 # The examiner's side

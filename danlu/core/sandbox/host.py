@@ -99,6 +99,13 @@ class Jail:
             self._wire.receive()
         except EOFError:
             raise UserError(f"no jail with {backend}: {self._last_words()}", REMEDY) from None
+        if backend not in _PROVED:
+            try:
+                self._prove()
+            except UserError:
+                self.close()
+                raise
+            _PROVED.add(backend)
 
     def examine(
         self, source: str, context: str, test: str, names: Sequence[str], limits: Limits | None = None
@@ -124,6 +131,24 @@ class Jail:
         found = self._ask("commands", limits, json.dumps(order).encode())
         codes, seconds = [code for code, _ in found["steps"]], [time for _, time in found["steps"]]
         return Ran(codes, seconds, found["how"], found["output"])
+
+    def _prove(self) -> None:
+        """Raises UserError where what a jail is for isn't so on this machine."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            test = f"result = found({server.getsockname()[1]}, {_FEW})"
+            found = self.examine(_PROBE, "", test, ["found"], Limits(seconds=5, processes=_FEW)).result
+        if not isinstance(found, list):
+            raise UserError("a jail can't run a program", REMEDY)
+        escapes = [str(one) for one in found]
+        hungry = self.examine(_HUNGRY, "", "f()", ["f"], Limits(seconds=5, memory_bytes=256 << 20))
+        if hungry.how == "passed":
+            escapes.append("a program gets more memory than its limit")
+        if self.examine(_ENDLESS, "", "f()", ["f"], Limits(seconds=0.2)).how != "timed out":
+            escapes.append("a program runs longer than its limit")
+        if escapes:
+            raise UserError(
+                f"the sandbox doesn't hold here with {self.backend}: {'; '.join(escapes)}", REMEDY
+            )
 
     def _ask(self, kind: str, limits: Limits | None, *messages: bytes) -> dict[str, Any]:
         head = {"kind": kind, "limits": asdict(limits or Limits())}
@@ -156,7 +181,46 @@ class Jail:
         self.close()
 
 
-REMEDY = "install bubblewrap, or allow user namespaces (kernel.unprivileged_userns_clone, AppArmor)"
+REMEDY = (
+    "run danlu as an ordinary user, or as the root of the machine itself, where user namespaces are allowed "
+    "(kernel.unprivileged_userns_clone, AppArmor); `danlu doctor` says what is missing"
+)
+
+_PROVED: set[str] = set()
+"""The ways that have been tried on this machine, and held."""
+_FEW = 8
+_PROBE = """
+import ctypes, os, socket, time
+
+def found(port, few):
+    made, escapes = 0, []
+    try:
+        while made < 4 * few:
+            if os.fork() == 0:
+                time.sleep(10)
+                os._exit(0)
+            made += 1
+    except OSError:
+        pass
+    if made > few:
+        escapes.append(f"it starts {made} processes where {few} are allowed")
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+        escapes.append("it reaches the network")
+    except OSError:
+        pass
+    for place in ("/", "/usr", "/etc", "/danlu"):
+        try:
+            open(f"{place}/danlu-probe", "w").close()
+            escapes.append(f"it writes to {place}")
+        except OSError:
+            pass
+    if ctypes.CDLL(None).unshare(0x10000000) == 0:
+        escapes.append("it makes namespaces")
+    return escapes
+"""
+_HUNGRY = "def f():\n    return len(bytearray(b'x') * (512 << 20))"
+_ENDLESS = "def f():\n    while True:\n        pass"
 
 
 def _text(source: str) -> bytes:

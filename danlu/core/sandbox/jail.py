@@ -66,19 +66,20 @@ def _folders_above(places: list[str]) -> set[str]:
     return {str(folder) for place in places for folder in PurePosixPath(place).parents if str(folder) != "/"}
 
 
-def build(root: Root, privileged: bool) -> None:
-    """Puts this process into namespaces and a root of its own; its next child is the jail's first process.
-
-    Raises OSError where the kernel doesn't let it.
-    """
+def leave(privileged: bool) -> None:
+    """Puts this process into namespaces of its own; its next child is the first process of the jail."""
     uid, gid = os.getuid(), os.getgid()
-    mounts, links = root.mounts(), root.links()  # while the old root is still in place
     if not privileged:
         kernel.unshare(kernel.NEWUSER)
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"0 {uid} 1")
         _write("/proc/self/gid_map", f"0 {gid} 1")
     kernel.unshare(kernel.NEWNS | kernel.NEWPID | kernel.NEWNET | kernel.NEWIPC | kernel.NEWUTS)
+
+
+def build(root: Root) -> None:
+    """Gives the jail's first process a root of its own. Raises OSError where the kernel doesn't let it."""
+    mounts, links = root.mounts(), root.links()  # while the old root is still in place
     kernel.mount("", "/", flags=kernel.PRIVATE | kernel.REC)
     # The new root is put over /tmp, and changes places with the old one, whose own /tmp is seen again then.
     kernel.mount("danlu", "/tmp", "tmpfs", kernel.NOSUID | kernel.NODEV, "mode=755,size=1m")
@@ -95,22 +96,15 @@ def build(root: Root, privileged: bool) -> None:
         _bind(f"/old{device}", f"/new{device}")
     for name in ("proc", "tmp"):
         os.mkdir(f"/new/{name}", 0o755)
-    _mark_read_only_root()
-
-
-def _mark_read_only_root() -> None:
+    # Before the old root goes: who isn't root may mount only what he could see already.
+    kernel.mount("proc", "/new/proc", "proc", kernel.NOSUID | kernel.NODEV | kernel.NOEXEC)
+    kernel.mount("danlu", "/new/tmp", "tmpfs", kernel.NOSUID | kernel.NODEV, "mode=755,size=1m")
     kernel.mount("/new", "/new", flags=kernel.BIND | kernel.REC)
     os.chdir("/new")
     kernel.pivot_root(".", ".")
     kernel.unmount(".")
     os.chdir("/")
-    kernel.mount("", "/", flags=kernel.BIND | 32 | kernel.RDONLY | kernel.NOSUID)
-
-
-def enter_first_process() -> None:
-    """What only the jail's first process can do: see its own processes, and write to its own /tmp."""
-    kernel.mount("proc", "/proc", "proc", kernel.NOSUID | kernel.NODEV | kernel.NOEXEC)
-    kernel.mount("danlu", "/tmp", "tmpfs", kernel.NOSUID | kernel.NODEV, "mode=755,size=1m")
+    kernel.mount("", "/", flags=kernel.BIND | kernel.REMOUNT | kernel.RDONLY | kernel.NOSUID | kernel.NODEV)
 
 
 def _bind(source: str, target: str) -> None:

@@ -187,9 +187,10 @@ class Guard:
         user = self.candidate_user if self.candidate_user is not None else 0
         options = f"mode=700,size={self.limits.file_bytes},nr_inodes=10000,uid={user},gid={user}"
         kernel.mount("danlu", FOLDER, "tmpfs", kernel.NOSUID | kernel.NODEV, options)
-        kernel.unmount("/proc")
         if proc:
             kernel.mount("proc", "/proc", "proc", kernel.NOSUID | kernel.NODEV | kernel.NOEXEC)
+        else:
+            kernel.unmount("/proc")
         os.chdir(FOLDER)
         confine(self.limits, self.candidate_user, self.filter_program)
 
@@ -308,12 +309,12 @@ def main() -> None:
     control, backend, root, users = json.loads(sys.argv[1])
     pair = tuple(users) if users else None
     if backend == "namespaces":
-        jail.build(jail.Root(tuple(map(tuple, root))), privileged=bool(users))
+        jail.leave(privileged=bool(users))
         if child := os.fork():
             os.close(control)
             _wait(child)
             return
-        jail.enter_first_process()
+        jail.build(jail.Root(tuple(map(tuple, root))))
     serve(control, pair)
 
 
