@@ -338,6 +338,19 @@ VERBS = [
         ),
     ),
     Verb(
+        "eval code",
+        "danlu.evaluate.code.score:code",
+        "danlu.evaluate.code.config:CodeConfig",
+        "What a model writes for programming problems, run in a jail: pass@k.",
+        positional=("samples",),
+        show="danlu.evaluate.code.score:show",
+        group=_MEASURE,
+        examples=(
+            "eval code samples.jsonl --problems humaneval",
+            "eval code --model smollm2 --problems mbpp --n 20",
+        ),
+    ),
+    Verb(
         "eval gopher",
         "danlu.evaluate.gopher:run",
         "danlu.evaluate.config:GopherConfig",

@@ -1,8 +1,8 @@
 """Programs that try to get out of the jail, to harm what is in it, or to pass a test without solving it.
 
 Each defines `f`, of which a test wants `f(20) == 22`. What a program gets hold of, `f` returns. Run as a
-program this file tries all of them, and prints what went wrong: a list in JSON. Standard library only, so that
-another user with another Python can run it.
+program this file tries all of them and prints what went wrong: a list in JSON. It needs the standard library
+only, so that another user with another Python can run it.
 """
 
 import json

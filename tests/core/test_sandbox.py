@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import danlu
-from danlu.core.sandbox.host import FIRST_USER, Backend, Jail
+from danlu.core.sandbox.host import FIRST_USER, Backend, Jail, Step
 from danlu.core.sandbox.limits import Limits
 from danlu.core.sandbox.values import decode, encode
 
@@ -167,10 +167,19 @@ def test_the_test_can_say_more_than_pass(jail: Jail) -> None:
 
 
 def test_programs_run_one_after_the_other(jail: Jail) -> None:
-    found = jail.run([["cat", "a/b"], ["sh", "-c", "echo $HOME; exit 3"], ["true"]], {"a/b": "text\n"})
-    assert (found.codes, found.output, found.why) == ([0, 3], "text\n/tmp\n", "ended")
-    assert jail.run([["sh", "-c", "kill -SEGV $$"]], {}).codes == [-11]
-    assert jail.run([["sleep", "60"]], {}, limits=Limits(seconds=0.5)).why == "timed out"
+    def shell(line: str, **options: Any) -> Step:
+        return Step(["sh", "-c", line], **options)
+
+    found = jail.run([Step(["cat", "a/b"]), shell("echo $HOME; exit 3"), shell("true")], {"a/b": "text\n"})
+    assert (found.codes, found.outputs[:2], found.why) == ([0, 3], ["text\n", "/tmp\n"], "ended")
+    assert jail.run([shell("kill -SEGV $$")], {}).codes == [-11]
+    assert jail.run([shell("sleep 60")], {}, Limits(seconds=0.5)).why == "timed out"
+    found = jail.run([shell("sleep 60", seconds=0.2, may_fail=True), shell("echo on")], {})
+    assert (found.codes, found.outputs) == ([None, 0], ["", "on\n"])
+    # What a program leaves running is gone before the next one starts.
+    left = shell("sleep 60 & (setsid sleep 61 &) ; echo left")
+    found = jail.run([left, shell("ps -e -o args | grep -c 'slee[p]'", may_fail=True)], {})
+    assert found.outputs == ["left\n", "0\n"]
 
 
 # What it holds in

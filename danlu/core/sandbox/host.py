@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,15 +48,27 @@ class Examined:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A program to run."""
+
+    argv: Sequence[str]
+    seconds: float = 10.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    may_fail: bool = False
+    """Whether what comes after it runs all the same."""
+
+
+@dataclass(frozen=True)
 class Ran:
     """How programs ended, one after the other."""
 
-    codes: list[int]
-    """Of each that was run, until the first that isn't 0; negative: the number of the signal."""
+    codes: list[int | None]
+    """Of each that was run; negative: the number of the signal; None: it took too long."""
     seconds: list[float]
+    outputs: list[str]
+    """stdout and stderr together, the beginning."""
     why: str
     """Why there are no more: ended, timed out, too much output, too much memory."""
-    output: str
 
 
 class Jail:
@@ -112,25 +124,25 @@ class Jail:
     ) -> Examined:
         """A Python candidate in a test that calls these functions of it (`examine.py`)."""
         order = {"context": context, "test": test, "names": list(names), "token": secrets.token_hex(16)}
-        return Examined(**self._ask("python", limits, _text(source), json.dumps(order).encode()))
+        found = self._ask("python", limits, _text(source), json.dumps(order).encode())
+        return Examined(output=found.pop("outputs")[0], **found)
 
-    def run(
-        self,
-        steps: Sequence[Sequence[str]],
-        files: Mapping[str, str],
-        environment: Mapping[str, str] | None = None,
-        limits: Limits | None = None,
-    ) -> Ran:
-        """Programs one after the other, in a folder with these files, until one fails."""
+    def run(self, steps: Sequence[Step], files: Mapping[str, str], limits: Limits | None = None) -> Ran:
+        """Programs one after the other, in a folder with these files, until one fails.
+
+        The limit of time is for all together, and each has its own.
+        """
         home = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
         order = {
-            "steps": [list(step) for step in steps],
+            "steps": [
+                asdict(step) | {"argv": list(step.argv), "environment": home | dict(step.environment)}
+                for step in steps
+            ],
             "files": dict(files),
-            "environment": home | dict(environment or {}),
         }
         found = self._ask("commands", limits, json.dumps(order).encode())
         codes, seconds = [code for code, _ in found["steps"]], [time for _, time in found["steps"]]
-        return Ran(codes, seconds, found["how"], found["output"])
+        return Ran(codes, seconds, found["outputs"], found["how"])
 
     def _prove(self) -> None:
         """Raises UserError where what a jail is for isn't so on this machine."""

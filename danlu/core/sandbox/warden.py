@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from danlu.core.sandbox import jail, kernel
@@ -102,8 +101,7 @@ class Guard:
         self.candidate_user, self.examiner_user = users or (None, None)
         self.filter_program = filter_program
         self.begin = time.monotonic()
-        self.output = b""
-        self.written = 0
+        self.outputs: list[bytearray] = []
 
     def python(self, control: Wire) -> dict[str, Any]:
         """A candidate and its examiner, whose verdict comes with the token that only it was given.
@@ -143,7 +141,7 @@ class Guard:
             Wire(-1, orders[1]).send(order)
         except BrokenPipeError:
             pass  # the candidate or the examiner couldn't start; what is watched ends at once
-        messages, why = self._watch(process, output[0], verdict[0])
+        messages, why = self._watch(process, [output[0]], verdict[0])
         _end(judge)
         given, how, said, call, result = messages[0] if messages else (token, why, "", "", None)
         if given != token:
@@ -151,31 +149,32 @@ class Guard:
         return self._report() | {"how": how, "said": said, "call": call, "result": result}
 
     def commands(self, control: Wire) -> dict[str, Any]:
-        """Programs one after the other in one folder, until one fails."""
+        """Programs one after the other in one folder, until one fails that must not."""
         asked = json.loads(control.receive())
-        status, output = os.pipe(), os.pipe()
+        status, outputs = os.pipe(), [os.pipe() for _ in asked["steps"]]
         null = os.open("/dev/null", os.O_RDWR)
 
         def first() -> None:
-            self._move_in(null, output[1], status[1], proc=True)
+            self._move_in(null, null, status[1], *(writes for _, writes in outputs), proc=True)
             kernel.undumpable()  # the programs run as the same user, and can see it
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
             for name, text in asked["files"].items():
                 os.makedirs(os.path.dirname(os.path.join(FOLDER, name)), exist_ok=True)
                 with open(os.path.join(FOLDER, name), "w", encoding="utf-8", errors="surrogatepass") as file:
                     file.write(text)
-            for argv in asked["steps"]:
+            for step, (_, writes) in zip(asked["steps"], outputs, strict=True):
                 begin = time.monotonic()
-                child = _fork(partial(os.execvpe, argv[0], argv, asked["environment"]))
-                code = os.waitstatus_to_exitcode(_wait(child))
-                Wire(-1, status[1]).send(json.dumps([code, time.monotonic() - begin]).encode())
-                if code != 0:
+                code = _run(step["argv"], step["environment"], writes, begin + step["seconds"])
+                report = json.dumps([code, time.monotonic() - begin])
+                Wire(-1, status[1]).send(report.encode())
+                if code != 0 and not step["may_fail"]:
                     break
 
         kernel.unshare(kernel.NEWPID | kernel.NEWIPC)
         process = _fork(first)
-        for one in (status[1], output[1], null):
+        for one in (status[1], *(writes for _, writes in outputs), null):
             os.close(one)
-        steps, why = self._watch(process, output[0], status[0])
+        steps, why = self._watch(process, [reads for reads, _ in outputs], status[0])
         return self._report() | {"how": why, "steps": steps}
 
     def _move_in(self, stdin: int, output: int, *kept: int, proc: bool = False) -> None:
@@ -195,46 +194,77 @@ class Guard:
         confine(self.limits, self.candidate_user, self.filter_program)
 
     def _report(self) -> dict[str, Any]:
-        return {
-            "output": self.output.decode("utf-8", "replace"),
-            "seconds": time.monotonic() - self.begin,
-        }
+        texts = [data[:KEPT].decode("utf-8", "replace") for data in self.outputs]
+        return {"outputs": texts, "seconds": time.monotonic() - self.begin}
 
-    def _watch(self, process: int, output: int, messages: int) -> tuple[list[Any], str]:
+    def _watch(self, process: int, outputs: list[int], messages: int) -> tuple[list[Any], str]:
         """Until the pipe of messages is closed. Returns them, and why no more came."""
-        open_ends, data = [output, messages], b""
-        last = self.begin + self.limits.seconds + GRACE
-        why = "ended"
-        while messages in open_ends:
-            left = last - time.monotonic()
-            if left <= 0:
-                why = "timed out"
-                break
-            ready, _, _ = select.select(open_ends, [], [], min(left, PAUSE))
+        said: dict[int, bytearray] = {end: bytearray() for end in (*outputs, messages)}
+        self.outputs = [said[end] for end in outputs]
+        last, why, written = self.begin + self.limits.seconds + GRACE, "ended", 0
+        open_ends = list(said)
+
+        def read(seconds: float) -> bool:
+            nonlocal written
+            ready, _, _ = select.select(open_ends, [], [], seconds)
             for end in ready:
                 part = os.read(end, 65536)
                 if not part:
                     open_ends.remove(end)
                 elif end == messages:
-                    data += part
+                    said[end] += part
                 else:
-                    self.written += len(part)
-                    self.output += part[: max(0, KEPT - len(self.output))]
-            if self.written > self.limits.output_bytes:
-                why = "too much output"
-                break
-            if not ready and _memory(process) > self.limits.memory_bytes:
+                    written += len(part)
+                    said[end] += part[: max(0, KEPT - len(said[end]))]
+            return bool(ready)
+
+        while messages in open_ends:
+            left = last - time.monotonic()
+            if left <= 0:
+                why = "timed out"
+            elif not read(min(left, PAUSE)) and _memory(process) > self.limits.memory_bytes:
                 why = "too much memory"
-                break
+            elif written > self.limits.output_bytes:
+                why = "too much output"
+            else:
+                continue
+            break
         _end(process)
-        found = []
+        while open_ends and written <= self.limits.output_bytes:  # all that could write is gone
+            read(0)
+        found, data = [], bytes(said[messages])
         while len(data) >= 8:
-            end = 8 + int.from_bytes(data[:8], "little")
-            if len(data) < end:
+            size = 8 + int.from_bytes(data[:8], "little")
+            if len(data) < size:
                 break
-            found.append(json.loads(data[8:end]))
-            data = data[end:]
+            found.append(json.loads(data[8:size]))
+            data = data[size:]
         return found, why
+
+
+def _run(argv: list[str], environment: dict[str, str], output: int, until: float) -> int | None:
+    """A program's code of exit, or None where it took too long. All that it started ends with it."""
+
+    def program() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.execvpe(argv[0], argv, environment)
+
+    child, status = _fork(program), None
+    while status is None and (left := until - time.monotonic()) > 0:
+        signal.sigtimedwait({signal.SIGCHLD}, left)
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == child:
+                status = ended[1]
+                break
+    try:
+        os.kill(-1, signal.SIGKILL)  # from the first process of a namespace: all others in it
+        while True:
+            os.wait()
+    except (ProcessLookupError, ChildProcessError):
+        pass
+    return None if status is None else os.waitstatus_to_exitcode(status)
 
 
 def _wait(child: int) -> int:

