@@ -6,20 +6,24 @@ verdict: builtins and modules replaced, an `__eq__` that is always true, memory 
 """
 
 import builtins
+import io
 import os
 import select
+import signal
 import struct
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from typing import Any
 
 from danlu.core.sandbox.values import MAX_BYTES, decode, encode
 
 SAID = 400
 """Characters that are kept of a value or message."""
+PRINTED = 100_000
+"""Characters of what a call prints that a test can see."""
 
 
 class Wire:
@@ -73,16 +77,38 @@ def answer(source: str, wire: Wire) -> None:
         return kept[handle["o"]]
 
     def run(work: Callable[[], Any]) -> None:
+        heard = _Heard()
         try:
-            said = encode(["returned", work()], keep)
+            with redirect_stdout(heard):
+                result = work()
+            said = encode(["returned", heard.text, result], keep)
         except BaseException as error:  # whatever it is, the other side is told
-            said = encode(["raised", type(error).__name__, str(error)[:SAID]], keep)
+            said = encode(["raised", heard.text, type(error).__name__, str(error)[:SAID]], keep)
         wire.send(said)
+
+    def each(name: str, inputs: list[Any], seconds: float) -> list[Any]:
+        """What comes of each input: (True, a value), or (False, the name of what was raised)."""
+        results: list[Any] = []
+        signal.signal(signal.SIGALRM, _too_long)
+        for one in inputs:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+                try:
+                    value = getattr(module, name)(*one)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                encode(value, keep)
+                results.append((True, value))
+            except Exception as error:
+                results.append((False, type(error).__name__))
+        return results
 
     def asked() -> Callable[[], Any]:
         what, target, args, kwargs = decode(wire.receive(), found)
         if what == "list":
             return lambda: list(target)
+        if what == "each":
+            return lambda: each(target, args, **kwargs)
         if isinstance(target, str):
             return lambda: getattr(module, target)(*args, **kwargs)
         return lambda: target(*args, **kwargs)
@@ -91,6 +117,24 @@ def answer(source: str, wire: Wire) -> None:
     with suppress(EOFError, BrokenPipeError):
         while True:
             run(asked())
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError
+
+
+class _Heard(io.TextIOBase):
+    """stdout of a call: it goes where it went, and its beginning to the test, which may want to see it."""
+
+    def __init__(self) -> None:
+        self.text, self.out = "", sys.stdout
+
+    def write(self, text: str) -> int:
+        self.text += text[: max(0, PRINTED - len(self.text))]
+        return self.out.write(text)
+
+    def flush(self) -> None:
+        self.out.flush()
 
 
 # The examiner's side
@@ -137,6 +181,14 @@ class Candidate:
         call.__name__ = name
         return call
 
+    def each(self, name: str, inputs: Sequence[Sequence[Any]], seconds: float) -> Iterator[Any]:
+        """The function on many inputs: (True, a value) of each, or (False, the name of what was raised).
+
+        `seconds`: after which an input is given up with a TimeoutError, where the candidate lets that happen.
+        """
+        for begin in range(0, len(inputs), 50):
+            yield from self.ask("each", name, tuple(inputs[begin : begin + 50]), {"seconds": seconds})
+
     def ask(self, what: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = target if isinstance(target, str) else repr(target)
         shown = [_shown(one) for one in args] + [f"{key}={_shown(one)}" for key, one in kwargs.items()]
@@ -155,7 +207,8 @@ class Candidate:
         try:
             data = self.wire.receive(self.until)
             found = decode(data, lambda one: Handle(self, int(one["o"]), str(one["type"])[:SAID]))
-            how, *rest = found
+            how, printed, *rest = found
+            sys.stdout.write(printed)
         except EOFError:
             raise Gone("its process ended") from None
         except TimeoutError:

@@ -21,6 +21,9 @@ class CodeConfig(Config):
         description="humaneval, mbpp, humaneval-x/cpp (java, js, go, python), or a file in such a format",
     )
     model: str = Field("", description="model that writes the samples: any reference, or its name at `url`")
+    references: bool = Field(
+        False, description="run only the problems' own solutions: are the problems and this machine sound?"
+    )
     n: int = Field(1, ge=1, description="samples of each problem")
     k: tuple[str, ...] = Field(
         (), description="of pass@k, commas between; default: 1, 10, 100 as far as n goes"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from danlu.core.errors import UserError
 from danlu.core.files import os_errors
 from danlu.data.documents import read_rows
+from danlu.evaluate.sets import archive_files
 
 Language = Literal["python", "cpp", "java", "js", "go"]
 LANGUAGES: dict[str, Language] = {
@@ -69,6 +70,45 @@ def read_problems(path: Path) -> dict[str, Problem]:
     if not found:
         raise UserError(f"{path}: no problem in it", KNOWN)
     return found
+
+
+def read_code_align(path: Path, folder: str) -> dict[str, Problem]:
+    """Chen et al. 2021's code-align-evals-data: a folder of the archive, each file a problem.
+
+    Folders: human_eval (with solutions by people), alignment/find_bug, bad-solutions (whose reference is a
+    wrong solution). Raises UserError where the archive or the folder can't be read.
+    """
+    found = {}
+    for member, text in archive_files(path, rf"^{folder}/[^/]+\.py$"):
+        name = Path(member).stem
+        problem = _align(f"{folder}/{name}", text)
+        found[problem.id] = problem
+    if not found:
+        raise UserError(f"{path}: no {folder}/*.py in it", "fetch code-align-evals-data again")
+    return found
+
+
+def _align(name: str, text: str) -> Problem:
+    text = re.sub(r"(?m)^\s*#\s*\[(PROMPT|SOLUTION|CHECK)\]\s*$", r"#[\1]", text)
+    if entry := re.match(r"ENTRY_POINT = '(\w+)'\n", text):
+        text = text[entry.end() :]
+    begin, _, check = text.partition("\ndef check(")
+    check = re.sub(r"(?m)^if __name__ ==.*\n(?:\s+.*\n?)*", "", f"def check({check}")
+    begin = begin.removesuffix("#[CHECK]").replace("#[PROMPT]\n", "")
+    for mark in ("#[SOLUTION]\n", "    # END OF CONTEXT\n"):
+        prompt, found, reference = begin.partition(mark)
+        if found:
+            break
+    else:
+        # The whole function is the reference: its body follows the text that says what it does.
+        head = re.search(r"""(?ms)^def .*?:[^\n]*\n(?:\s*(\"\"\"|''').*?\1[^\n]*\n)?""", begin)
+        if head is None:
+            raise UserError(f"{name}: no function in it", "fetch code-align-evals-data again")
+        prompt, reference = begin[: head.end()], begin[head.end() :]
+    function = entry[1] if entry else re.findall(r"^def (\w+)", prompt, re.MULTILINE)[-1]
+    test = f"{check}\ncheck({function})\n"
+    context = prompt + reference
+    return Problem(name, "python", prompt, reference, test, names=(function,), imports=context)
 
 
 KNOWN = "known are the formats of HumanEval, HumanEval-X and MBPP; docs/code.md shows them"

