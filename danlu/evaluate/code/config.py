@@ -37,6 +37,11 @@ class CodeConfig(Config):
     seed: int = Field(0, ge=0, description="of the samples")
     dtype: Dtype = Field("auto", description="of the weights: auto is bf16 where the hardware has it")
     url: str = Field("", description="of an OpenAI API that has the model")
+    plus: int = Field(
+        0,
+        ge=0,
+        description="EvalPlus: test also with so many inputs made from each test's own (1000); Python only",
+    )
     limit: int = Field(0, ge=0, description="only the first problems; 0 = all")
     partial: bool = Field(False, description="score only problems that have a sample")
     out: Path = Field(Path("runs/code"), description="folder of the verdicts; the same command goes on there")

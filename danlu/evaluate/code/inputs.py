@@ -43,14 +43,13 @@ class Contract:
         for arguments in seeds:
             for place, value in enumerate(arguments):
                 self._see((place,), value)
-        # With one seed everything would hold.
         self.relations = [
             (i, j, name)
             for i in range(max(self.arity))
             for j in range(max(self.arity))
             if i != j
             for name, holds in RELATIONS.items()
-            if len(seeds) > 1 and all(_holds(holds, one, i, j) for one in seeds)
+            if len(seeds) >= _ENOUGH.get(name, 2) and all(_holds(holds, one, i, j) for one in seeds)
         ]
 
     def _see(self, path: tuple[Any, ...], value: Any) -> None:
@@ -99,7 +98,7 @@ class _Seen:
                 "shortest": min(map(len, sized), default=0),
                 "longest": max(map(len, sized), default=0),
                 "words": bool(texts) and all(v == v.strip() for v in texts),
-                **{name: _common(rows, holds) for name, holds in _ROWS.items()},
+                **{name: _common(rows, holds, _ENOUGH.get(name, 2)) for name, holds in _ROWS.items()},
             }
         return self._facts
 
@@ -128,10 +127,14 @@ class _Seen:
         return True
 
 
-def _common(rows: Sequence[Any], holds: Callable[[Any], bool]) -> bool:
-    """Whether it holds for all rows, at least two of which are long enough to tell."""
+def _common(rows: Sequence[Any], holds: Callable[[Any], bool], enough: int) -> bool:
+    """Whether it holds for all rows, of which enough are long enough to tell."""
     telling = [row for row in rows if len(row) > 1]
-    return len(telling) > 1 and all(map(holds, telling))
+    return len(telling) >= enough and all(map(holds, telling))
+
+
+_ENOUGH = {"unique": 5, "ascending": 5, "even": 5, "at most": 5, "below": 5, "in": 5}
+"""How many must show what may be so by chance; two for the rest."""
 
 
 def _size(value: Any) -> int:

@@ -24,20 +24,28 @@ def write_page(
     samples: Sequence[Sample],
     verdicts: Mapping[str, Verdict],
     path: Path,
+    harder: Mapping[str, Problem],
 ) -> None:
-    """One HTML file that needs nothing else."""
+    """One HTML file that needs nothing else. `harder`: the problems with a test of more inputs."""
     by: dict[str, Counter[str]] = {name: Counter() for name in problems}
-    texts = {}
+    texts, later = {}, {}
     for sample in samples:
         key = key_of(problems[sample.task], sample.program)
         by[sample.task][key] += 1
         texts[key] = sample.completion
+        if sample.task in harder:
+            later[key] = verdicts.get(key_of(harder[sample.task], sample.program))
     shown = []
     for name, problem in problems.items():
         if name in result["broken_references"]:
             continue
         rows: list[dict[str, Any]] = [
-            {"times": times, "text": texts[key][:LONGEST], "verdict": verdicts[key]}
+            {
+                "times": times,
+                "text": texts[key][:LONGEST],
+                "verdict": verdicts[key],
+                "later": later.get(key),
+            }
             for key, times in by[name].most_common()
         ]
         rows.sort(key=lambda row: row["verdict"].passed)

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from itertools import islice
 from queue import SimpleQueue
-from typing import Any
+from typing import TypeVar
 
 from danlu.core.errors import UserError
 from danlu.core.sandbox.host import Backend, Jail
@@ -17,6 +17,8 @@ from danlu.evaluate.code.languages import run_source, shown
 from danlu.evaluate.code.problems import Language, Problem
 from danlu.evaluate.code.samples import LONGEST, NAMES, Sample
 
+T = TypeVar("T")
+K = TypeVar("K")
 MAKE_SECONDS = 60.0
 FIRST_LIMIT = 30.0
 """Seconds that a reference solution may take."""
@@ -58,32 +60,41 @@ class Runner:
         for jail in self.open:
             jail.close()
 
-    def check(self, problem: Problem, program: str, seconds: float) -> Verdict:
-        """One program, in the next jail that is free."""
-        if len(program.encode("utf-8", "surrogatepass")) > LONGEST:
-            return Verdict(False, "too long", f"a program of more than {LONGEST} bytes is not run")
+    def inside(self, work: Callable[[Jail], T]) -> T:
+        """Done with the next jail that is free."""
         number, jail = self.jails.get()
         try:
-            return _in(jail, problem, program, seconds)
+            return work(jail)
         except (RuntimeError, OSError):
             # The jail is gone, which no program should bring about: once more, in a new one.
             jail.close()
             jail = self.open[number] = self._make(number)
-            return _in(jail, problem, program, seconds)
+            return work(jail)
         finally:
             self.jails.put((number, jail))
 
-    def each(self, work: Iterable[tuple[Any, Problem, str, float]]) -> Iterator[tuple[Any, Verdict]]:
-        """(a key, a problem, a program, its seconds) → (the key, the verdict), as they are done."""
-        todo, running = iter(work), dict[Future[Verdict], Any]()
+    def each(self, work: Iterable[tuple[K, Callable[[Jail], T]]]) -> Iterator[tuple[K, T]]:
+        """(a key, what to do in a jail) → (the key, what came of it), as they are done."""
+        todo, running = iter(work), dict[Future[T], K]()
         while True:
-            for key, problem, program, seconds in islice(todo, 2 * self.workers - len(running)):
-                running[self.pool.submit(self.check, problem, program, seconds)] = key
+            for key, one in islice(todo, 2 * self.workers - len(running)):
+                running[self.pool.submit(self.inside, one)] = key
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for one in done:
-                yield running.pop(one), one.result()
+            for ready in done:
+                yield running.pop(ready), ready.result()
+
+
+def check(problem: Problem, program: str, seconds: float) -> Callable[[Jail], Verdict]:
+    """A program in the problem's test."""
+
+    def work(jail: Jail) -> Verdict:
+        if len(program.encode("utf-8", "surrogatepass")) > LONGEST:
+            return Verdict(False, "too long", f"a program of more than {LONGEST} bytes is not run")
+        return _in(jail, problem, program, seconds)
+
+    return work
 
 
 def _in(jail: Jail, problem: Problem, program: str, seconds: float) -> Verdict:
@@ -125,7 +136,7 @@ def references(
 ) -> Iterator[tuple[str, Verdict]]:
     """Each problem's own solution in its own test."""
     yield from runner.each(
-        (name, problem, problem.program(problem.reference), FIRST_LIMIT)
+        (name, check(problem, problem.program(problem.reference), FIRST_LIMIT))
         for name, problem in problems.items()
         if name not in done
     )

@@ -10,11 +10,13 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from danlu.core.device import cache_folder
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_write, make_folder
 from danlu.core.host import cores
@@ -22,12 +24,14 @@ from danlu.core.progress import Progress
 from danlu.core.sandbox.host import Backend
 from danlu.core.show import console, table
 from danlu.evaluate.code.config import CodeConfig
+from danlu.evaluate.code.evalplus import Plus, as_json, from_json, plus, plus_test
 from danlu.evaluate.code.page import scores_of, write_page
 from danlu.evaluate.code.pass_at_k import mean_pass_at_k
 from danlu.evaluate.code.problems import LANGUAGES, Problem, read_code_align, read_problems
 from danlu.evaluate.code.run import (
     Runner,
     Verdict,
+    check,
     distinct,
     key_of,
     limit,
@@ -61,8 +65,10 @@ def code(config: CodeConfig) -> dict[str, Any]:
     left_out = [name for name, problem in problems.items() if NAMES[problem.language] in missing]
     run = {name: problem for name, problem in problems.items() if name not in left_out}
     samples = [sample for sample in samples if sample.task in run]
-    verdicts, broken = judged(config, run, samples)
+    verdicts, broken, harder = judged(config, run, samples)
     result = scores(config, run, samples, verdicts, broken)
+    if harder:
+        result["plus"] = plus_scores(config, run, harder, samples, verdicts)
     result |= {
         "samples": str(config.samples or config.out / "samples.jsonl"),
         "problems": config.problems,
@@ -75,7 +81,7 @@ def code(config: CodeConfig) -> dict[str, Any]:
         json.dump(result, file, indent=1)
     if config.references:
         return result
-    write_page(result, run, samples, verdicts, config.out / "report.html")
+    write_page(result, run, samples, verdicts, config.out / "report.html", harder)
     return result | {"report": str(config.out / "report.html")}
 
 
@@ -217,11 +223,11 @@ def _server(config: CodeConfig, temperature: float) -> Ask:
 
 def judged(
     config: CodeConfig, problems: Mapping[str, Problem], samples: Sequence[Sample]
-) -> tuple[dict[str, Verdict], dict[str, str]]:
-    """By a program's key its verdict; and the problems whose own solution fails, with what it said."""
+) -> tuple[dict[str, Verdict], dict[str, str], dict[str, Problem]]:
+    """By a program's key its verdict; the problems whose own solution fails, with what it said; and problems
+    with a test of more inputs, if that was asked for."""
     path = config.out / "results.jsonl"
     kept = _kept(path)
-    own = {name: key_of(p, p.program(p.reference)) for name, p in problems.items()}
     languages = list(dict.fromkeys(problem.language for problem in problems.values()))
     workers = config.workers or cores()
     with Runner(languages, workers, backend_of(config)) as runner, path.open("a", encoding="utf-8") as file:
@@ -231,27 +237,65 @@ def judged(
             file.write(json.dumps({"task_id": task, "key": key, **asdict(verdict)}) + "\n")
             file.flush()
 
-        done = {name: kept[key] for name, key in own.items() if key in kept}
-        with Progress("reference solutions", len(problems), "problems") as progress:
-            progress.begin_at(len(done))
-            for name, verdict in references(runner, problems, done):
-                keep(name, own[name], verdict)
-                done[name] = verdict
-                progress.update(len(done))
-        broken = {name: f"{one.how} {one.said}".strip() for name, one in done.items() if not one.passed}
-        limits = {name: limit(one, config.least_seconds, config.factor) for name, one in done.items()}
-        todo = {
-            key: one
-            for key, one in distinct(problems, samples).items()
-            if key not in kept and one.task not in broken
-        }
-        if todo:
-            with Progress("samples", len(todo), "programs") as progress:
-                work = ((key, problems[s.task], s.program, limits[s.task]) for key, s in todo.items())
-                for number, (key, verdict) in enumerate(runner.each(work), 1):
-                    keep(todo[key].task, key, verdict)
-                    progress.update(number)
-    return kept, broken
+        def run(label: str, problems: Mapping[str, Problem], samples: Sequence[Sample]) -> dict[str, str]:
+            """The references, then the samples of the problems whose reference passes; returns the others."""
+            own = {name: key_of(p, p.program(p.reference)) for name, p in problems.items()}
+            done = {name: kept[key] for name, key in own.items() if key in kept}
+            with Progress(f"reference solutions{label}", len(problems), "problems") as progress:
+                progress.begin_at(len(done))
+                for name, verdict in references(runner, problems, done):
+                    keep(name, own[name], verdict)
+                    done[name] = verdict
+                    progress.update(len(done))
+            broken = {name: f"{one.how} {one.said}".strip() for name, one in done.items() if not one.passed}
+            limits = {name: limit(one, config.least_seconds, config.factor) for name, one in done.items()}
+            todo = {
+                key: one
+                for key, one in distinct(problems, samples).items()
+                if key not in kept and one.task not in broken
+            }
+            if todo:
+                with Progress(f"samples{label}", len(todo), "programs") as progress:
+                    work = ((k, check(problems[s.task], s.program, limits[s.task])) for k, s in todo.items())
+                    for number, (key, verdict) in enumerate(runner.each(work), 1):
+                        keep(todo[key].task, key, verdict)
+                        progress.update(number)
+            return broken
+
+        broken = run("", problems, samples)
+        harder = {}
+        if config.plus and not config.references:
+            harder = with_plus(runner, {n: p for n, p in problems.items() if n not in broken}, config)
+            right = [
+                s for s in samples if s.task in harder and kept[key_of(problems[s.task], s.program)].passed
+            ]
+            for name in run(" with more inputs", harder, right):
+                del harder[name]
+    return kept, broken, harder
+
+
+def with_plus(runner: Runner, problems: Mapping[str, Problem], config: CodeConfig) -> dict[str, Problem]:
+    """The problems of which more tests can be made, with those; kept in the user's cache folder."""
+    folder = make_folder(cache_folder() / "plus")
+    found: dict[str, Plus] = {}
+    files = {}
+    for name, problem in problems.items():
+        files[name] = folder / f"{key_of(problem, str(config.plus))}.json"
+        if files[name].exists():
+            found[name] = from_json(files[name].read_text("utf-8"))
+    with Progress("inputs made", len(problems), "problems") as progress:
+        progress.begin_at(len(found))
+        todo = [(name, partial(plus, problem=p, count=config.plus)) for name, p in problems.items()]
+        for name, made in runner.each((name, work) for name, work in todo if name not in found):
+            found[name] = made
+            with atomic_write(files[name]) as file:
+                file.write(as_json(made))
+            progress.update(len(found))
+    return {
+        name: replace(problem, test=plus_test(problem, found[name]))
+        for name, problem in problems.items()
+        if found[name].inputs
+    }
 
 
 def backend_of(config: CodeConfig) -> Backend:
@@ -308,6 +352,35 @@ def scores(
     return result
 
 
+def plus_scores(
+    config: CodeConfig,
+    problems: Mapping[str, Problem],
+    harder: Mapping[str, Problem],
+    samples: Sequence[Sample],
+    verdicts: Mapping[str, Verdict],
+) -> dict[str, Any]:
+    """pass@k before and after, of the problems that have more inputs; and each problem's count."""
+    asked: Counter[str] = Counter()
+    base: Counter[str] = Counter()
+    both: Counter[str] = Counter()
+    for sample in samples:
+        if sample.task in harder:
+            asked[sample.task] += 1
+            if verdicts[key_of(problems[sample.task], sample.program)].passed:
+                base[sample.task] += 1
+                both[sample.task] += verdicts[key_of(harder[sample.task], sample.program)].passed
+    result: dict[str, Any] = {"n_problems": len(asked)}
+    for k in config.ks(min(asked.values())):
+        for name, counted in (("base", base), ("plus", both)):
+            mean, interval = mean_pass_at_k([(asked[task], counted[task]) for task in asked], k)
+            result[f"{name} pass@{k}"] = mean
+            result[f"{name} pass@{k} interval"] = interval
+    result["problems"] = {
+        task: {"base": base[task], "plus": both[task], "n": asked[task]} for task in asked if base[task]
+    }
+    return result
+
+
 def show(result: Mapping[str, Any]) -> None:
     out = console()
     if "references" in result:
@@ -319,6 +392,13 @@ def show(result: Mapping[str, Any]) -> None:
         title = f"{result['problems']}: {result['n_samples']} programs, {result['n_problems']} problems"
         out.print(table(title, ("", "share", "95 %"), rows))
         out.print(", ".join(f"{count} {how}" for how, count in result["how"].items()))
+    if more := result.get("plus"):
+        rows = [
+            (name, f"{more[name]:.4f}", "{:.4f} – {:.4f}".format(*more[f"{name} interval"]))
+            for name in more
+            if f"{name} interval" in more
+        ]
+        out.print(table(f"With more inputs, {more['n_problems']} problems", ("", "share", "95 %"), rows))
     for name, why in result["left_out"].items():
         out.print(f"left out: {name}: {why}")
     for name, why in result["broken_references"].items():
