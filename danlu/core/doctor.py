@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import torch
 from danlu import __version__
 from danlu.core import host
 from danlu.core.device import Machine, choose_dtype, forget_speed, machine
+from danlu.core.errors import UserError
 from danlu.core.options import DoctorConfig
+from danlu.core.sandbox.host import Backend, Jail
 from danlu.core.show import console, show_size, table
+from danlu.core.toolchains import TOOLCHAINS, Toolchain
 
 _DEMO = ("chitchat-dataset", "pyspellchecker")
 """The packages of requirements-demo.txt, which carry what the quickstart needs."""
@@ -45,7 +49,7 @@ class Diagnosis:
 
 
 def doctor(config: DoctorConfig) -> Diagnosis:
-    """Looks at the machine; the only thing it runs are two products of matrices, a second."""
+    """Looks at the machine; all that it runs are two products of matrices and a jail, a second each."""
     forget_speed()
     here = machine()
     extras = installed_extras()
@@ -59,6 +63,8 @@ def doctor(config: DoctorConfig) -> Diagnosis:
         _gpu(here),
         _compiler(),
         *(_extra(name, packages) for name, packages in extras.items()),
+        _sandbox(),
+        *map(_toolchain, TOOLCHAINS.values()),
     ]
     return Diagnosis(
         findings,
@@ -146,6 +152,24 @@ def _extra(name: str, packages: dict[str, str | None]) -> Finding:
     install = "--no-deps -r requirements-demo.txt" if name == "the demo" else f"'danlu[{name}]'"
     use = f"missing: {', '.join(missing)} (pip install {install})" if missing else "all there"
     return Finding(f"for {name}", ", ".join(present) or "nothing", use)
+
+
+def _sandbox() -> Finding:
+    """Whether a jail holds here: it is tried, a second."""
+    backend: Backend = "bubblewrap" if shutil.which("bwrap") else "namespaces"
+    try:
+        Jail(backend, 99).close()
+    except (UserError, OSError) as error:
+        return Finding("sandbox", backend, f"no code can be run: {str(error).splitlines()[0]}", warning=True)
+    return Finding("sandbox", backend, "holds: what models write can be run (danlu eval code)")
+
+
+def _toolchain(chain: Toolchain) -> Finding:
+    if missing := chain.missing():
+        return Finding(f"for {chain.name}", f"{', '.join(missing)} not found", f"Debian's {chain.package}")
+    libraries = chain.missing_libraries()
+    use = f"some tests need {' and '.join(libraries)}" if libraries else "all there"
+    return Finding(f"for {chain.name}", ", ".join(chain.programs), use)
 
 
 def show(diagnosis: Diagnosis) -> None:
