@@ -182,6 +182,21 @@ def test_programs_run_one_after_the_other(jail: Jail) -> None:
     assert found.outputs == ["left\n", "0\n"]
 
 
+def test_without_a_jail_it_does_the_same_and_leaves_nothing() -> None:
+    """For --unsafe. What it doesn't hold in is not asked of it."""
+    before = {path.name for path in Path(tempfile.gettempdir()).glob("danlu-unsafe-*")}
+    with Jail("none", 0) as jail:
+        assert jail.examine("def f(x):\n    return x + 2", "", TEST, ["f"], SMALL).passed
+        assert (
+            jail.examine("def f(x):\n    while True:\n        pass", "", TEST, ["f"], SMALL).how
+            == "timed out"
+        )
+        found = jail.run([Step(["sh", "-c", "sleep 60 & cat a"]), Step(["false"])], {"a": "text"})
+        assert (found.codes, found.outputs) == ([0, 1], ["text", ""])
+        assert len(below(jail.process.pid)) == 1
+    assert {path.name for path in Path(tempfile.gettempdir()).glob("danlu-unsafe-*")} == before
+
+
 # What it holds in
 
 

@@ -10,10 +10,13 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from danlu.core.sandbox import jail, kernel
@@ -36,8 +39,8 @@ KEPT = 10_000
 # Inside a forked process
 
 
-def confine(limits: Limits, user: int | None, filter_program: bytes) -> None:
-    """Gives up every privilege, for good, and sets what the kernel itself limits."""
+def set_limits(limits: Limits) -> None:
+    """Those of the kernel, for this process and each that it starts."""
     one, size = resource.setrlimit, limits.memory_bytes
     if limits.address_space:
         one(resource.RLIMIT_AS, (size, size))
@@ -47,12 +50,17 @@ def confine(limits: Limits, user: int | None, filter_program: bytes) -> None:
     one(resource.RLIMIT_NOFILE, (256, 256))
     cpu = int(limits.seconds * (os.cpu_count() or 1)) + 1
     one(resource.RLIMIT_CPU, (cpu, cpu + 1))
+
+
+def confine(limits: Limits, user: int | None, filter_program: bytes) -> None:
+    """Gives up every privilege, for good, and sets what the kernel itself limits."""
+    set_limits(limits)
     if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     # After the change of user, which is refused where the new one has too many processes.
-    one(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
+    resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
     kernel.drop_capabilities()
     kernel.filter_calls(filter_program)
 
@@ -116,7 +124,7 @@ class Guard:
             os.setsid()
             _stdio(null, null)
             _only(answers[0], calls[1], orders[0], verdict[1])
-            confine(self.limits, self.examiner_user, self.filter_program)
+            self._confine(self.examiner_user)
             kernel.undumpable()
             asked = json.loads(Wire(orders[0], -1).receive())
             wire, until = Wire(answers[0], calls[1]), self.begin + self.limits.seconds
@@ -129,7 +137,7 @@ class Guard:
             answer(wire.receive().decode("utf-8", "surrogatepass"), wire)
 
         judge = _fork(examiner)
-        kernel.unshare(kernel.NEWPID | kernel.NEWIPC)
+        self._part()
         process = _fork(candidate)
         for one in (calls[0], *answers, orders[0], verdict[1], output[1], null):
             os.close(one)
@@ -142,7 +150,7 @@ class Guard:
         except BrokenPipeError:
             pass  # the candidate or the examiner couldn't start; what is watched ends at once
         messages, why = self._watch(process, [output[0]], verdict[0])
-        _end(judge)
+        self._end(judge)
         given, how, said, call, result = messages[0] if messages else (token, why, "", "", None)
         if given != token:
             how = "ended"
@@ -159,18 +167,18 @@ class Guard:
             kernel.undumpable()  # the programs run as the same user, and can see it
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
             for name, text in asked["files"].items():
-                os.makedirs(os.path.dirname(os.path.join(FOLDER, name)), exist_ok=True)
-                with open(os.path.join(FOLDER, name), "w", encoding="utf-8", errors="surrogatepass") as file:
+                os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+                with open(name, "w", encoding="utf-8", errors="surrogatepass") as file:
                     file.write(text)
             for step, (_, writes) in zip(asked["steps"], outputs, strict=True):
                 begin = time.monotonic()
-                code = _run(step["argv"], step["environment"], writes, begin + step["seconds"])
+                code = self._run(step["argv"], step["environment"], writes, begin + step["seconds"])
                 report = json.dumps([code, time.monotonic() - begin])
                 Wire(-1, status[1]).send(report.encode())
                 if code != 0 and not step["may_fail"]:
                     break
 
-        kernel.unshare(kernel.NEWPID | kernel.NEWIPC)
+        self._part()
         process = _fork(first)
         for one in (status[1], *(writes for _, writes in outputs), null):
             os.close(one)
@@ -191,7 +199,53 @@ class Guard:
         else:
             kernel.unmount("/proc")
         os.chdir(FOLDER)
-        confine(self.limits, self.candidate_user, self.filter_program)
+        self._confine(self.candidate_user)
+
+    def _part(self) -> None:
+        """The next child is the first process of namespaces of its own."""
+        kernel.unshare(kernel.NEWPID | kernel.NEWIPC)
+
+    def _confine(self, user: int | None) -> None:
+        confine(self.limits, user, self.filter_program)
+
+    def _end(self, process: int) -> None:
+        """Ends it, and with the first process of a namespace all others in it; waits until they are gone."""
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+    def _memory(self, first: int) -> int:
+        """Resident bytes of all processes in the namespace of this one."""
+        space = _namespace(str(first))
+        return _resident(name for name in _numbers() if space and _namespace(name) == space)
+
+    def _end_others(self, child: int) -> None:
+        """What a program has left running, from the first process of its namespace: all others in it."""
+        os.kill(-1, signal.SIGKILL)
+
+    def _run(self, argv: list[str], environment: dict[str, str], output: int, until: float) -> int | None:
+        """A program's code of exit, or None where it took too long. All that it started ends with it."""
+
+        def program() -> None:
+            os.setsid()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.execvpe(argv[0], argv, environment)
+
+        child, status = _fork(program), None
+        while status is None and (left := until - time.monotonic()) > 0:
+            signal.sigtimedwait({signal.SIGCHLD}, left)
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == child:
+                    status = ended[1]
+                    break
+        try:
+            self._end_others(child)
+            while True:
+                os.wait()
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        return None if status is None else os.waitstatus_to_exitcode(status)
 
     def _report(self) -> dict[str, Any]:
         texts = [data[:KEPT].decode("utf-8", "replace") for data in self.outputs]
@@ -222,14 +276,14 @@ class Guard:
             left = last - time.monotonic()
             if left <= 0:
                 why = "timed out"
-            elif not read(min(left, PAUSE)) and _memory(process) > self.limits.memory_bytes:
+            elif not read(min(left, PAUSE)) and self._memory(process) > self.limits.memory_bytes:
                 why = "too much memory"
             elif written > self.limits.output_bytes:
                 why = "too much output"
             else:
                 continue
             break
-        _end(process)
+        self._end(process)
         while open_ends and written <= self.limits.output_bytes:  # all that could write is gone
             read(0)
         found, data = [], bytes(said[messages])
@@ -242,31 +296,6 @@ class Guard:
         return found, why
 
 
-def _run(argv: list[str], environment: dict[str, str], output: int, until: float) -> int | None:
-    """A program's code of exit, or None where it took too long. All that it started ends with it."""
-
-    def program() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.execvpe(argv[0], argv, environment)
-
-    child, status = _fork(program), None
-    while status is None and (left := until - time.monotonic()) > 0:
-        signal.sigtimedwait({signal.SIGCHLD}, left)
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            if ended[0] == child:
-                status = ended[1]
-                break
-    try:
-        os.kill(-1, signal.SIGKILL)  # from the first process of a namespace: all others in it
-        while True:
-            os.wait()
-    except (ProcessLookupError, ChildProcessError):
-        pass
-    return None if status is None else os.waitstatus_to_exitcode(status)
-
-
 def _wait(child: int) -> int:
     """Until this child has ended; others, of which this process is the last parent, are reaped meanwhile."""
     while True:
@@ -275,22 +304,58 @@ def _wait(child: int) -> int:
             return status
 
 
-def _end(process: int) -> None:
-    """Ends it, and with the first process of a namespace all others in it; waits until they are gone."""
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+class Unconfined(Guard):
+    """For --unsafe: the same without a jail, as the user that danlu is. Limits hold for each process."""
+
+    def _move_in(self, stdin: int, output: int, *kept: int, proc: bool = False) -> None:
+        os.setsid()
+        _stdio(stdin, output)
+        _only(*kept)
+        os.chdir(self.folder)
+        self._confine(None)
+
+    def _part(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="danlu-unsafe-")
+
+    def _confine(self, user: int | None) -> None:
+        set_limits(self.limits)
+
+    def _end(self, process: int) -> None:
+        super()._end(process)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process, signal.SIGKILL)  # its session began with it
+
+    def _memory(self, first: int) -> int:
+        return _resident(name for name in _numbers() if _session(name) == first)
+
+    def _end_others(self, child: int) -> None:
+        os.killpg(child, signal.SIGKILL)
+
+    def _report(self) -> dict[str, Any]:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return super()._report()
 
 
-def _memory(first: int) -> int:
-    """Resident bytes of a process and of all in its namespace of processes."""
-    space, total = _namespace(str(first)), 0
-    for name in os.listdir("/proc"):
-        if name.isdigit() and space and _namespace(name) == space:
-            try:
-                with open(f"/proc/{name}/statm", "rb") as file:
-                    total += int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            except OSError:
-                continue  # gone meanwhile
+def _numbers() -> Iterable[str]:
+    return filter(str.isdigit, os.listdir("/proc"))
+
+
+def _session(process: str) -> int:
+    try:
+        return os.getsid(int(process))
+    except OSError:
+        return 0
+
+
+def _resident(processes: Iterable[str]) -> int:
+    """Bytes of memory that these use together."""
+    total = 0
+    for name in processes:
+        try:
+            with open(f"/proc/{name}/statm", "rb") as file:
+                total += int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError:
+            continue  # gone meanwhile
     return total
 
 
@@ -304,7 +369,7 @@ def _namespace(process: str) -> str:
 # The warden
 
 
-def serve(control: int, users: tuple[int, int] | None) -> None:
+def serve(control: int, users: tuple[int, int] | None, kind: type[Guard] = Guard) -> None:
     """Answers requests until the other end of this socket is closed, by whatever its owner's end was."""
     for name in WARM.split():
         __import__(name)
@@ -319,7 +384,7 @@ def serve(control: int, users: tuple[int, int] | None) -> None:
         reads, writes = os.pipe()
 
         def guard(head: dict[str, Any] = head, writes: int = writes) -> None:
-            watcher = Guard(Limits(**head["limits"]), users, filter_program)
+            watcher = kind(Limits(**head["limits"]), users, filter_program)
             work = {"python": watcher.python, "commands": watcher.commands}[head["kind"]]
             Wire(-1, writes).send(json.dumps(work(wire)).encode())
 
@@ -345,7 +410,7 @@ def main() -> None:
             _wait(child)
             return
         jail.build(jail.Root(tuple(map(tuple, root))))
-    serve(control, pair)
+    serve(control, pair, Unconfined if backend == "none" else Guard)
 
 
 if __name__ == "__main__":
