@@ -22,7 +22,7 @@ from danlu.evaluate.code.languages import run_source, shown
 from danlu.evaluate.code.pass_at_k import mean_pass_at_k, pass_at_k
 from danlu.evaluate.code.problems import Problem, read_code_align, read_problems
 from danlu.evaluate.code.samples import cut, from_chat
-from danlu.evaluate.code.score import code, show
+from danlu.evaluate.code.score import code, problems_of, show
 from danlu.evaluate.sets import data_folder
 
 PROBLEMS = [
@@ -222,6 +222,20 @@ def test_a_language_without_its_toolchain_is_named(
     path.write_text(json.dumps(go) + "\n")
     with pytest.raises(UserError, match="Go: go not found"):
         code(config(tmp_path, problems=str(path), samples=samples_file(tmp_path, rows[1:])))
+
+
+@needs_data
+def test_a_solution_is_shown_in_another_language() -> None:
+    asked = problems_of(CodeConfig(problems="humaneval-x/cpp", translate="humaneval-x/java", limit=1))[
+        "CPP/0"
+    ]
+    assert asked.ask.startswith("code translation\nJava:\nimport java.util.*;")
+    assert "distance < threshold" in asked.ask
+    assert asked.ask.endswith("float threshold){\n")
+    assert "given threshold" not in asked.ask  # the words of the task are in neither
+    assert asked.prompt == asked.ask[asked.ask.index("#include") :]
+    with pytest.raises(UserError, match="HumanEval/0 can't be translated into"):
+        problems_of(CodeConfig(problems="humaneval", translate="humaneval-x/java"))
 
 
 # The field's problems, whole

@@ -20,6 +20,9 @@ class CodeConfig(Config):
         "humaneval",
         description="humaneval, mbpp, humaneval-x/cpp (java, js, go, python), or a file in such a format",
     )
+    translate: str = Field(
+        "", description="HumanEval-X in another language: its solutions are to be said in that of `problems`"
+    )
     model: str = Field("", description="model that writes the samples: any reference, or its name at `url`")
     references: bool = Field(
         False, description="run only the problems' own solutions: are the problems and this machine sound?"

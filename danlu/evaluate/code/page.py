@@ -8,9 +8,9 @@ from typing import Any
 
 from danlu.core.files import atomic_write
 from danlu.core.report import page_templates
-from danlu.evaluate.code.problems import Problem
+from danlu.evaluate.code.problems import NAMES, Problem
 from danlu.evaluate.code.run import Verdict, key_of
-from danlu.evaluate.code.samples import NAMES, Sample
+from danlu.evaluate.code.samples import Sample
 
 SHOWN = 20
 """Programs of a problem on the page, wrong ones first; results.jsonl has them all."""

@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,15 @@ LANGUAGES: dict[str, Language] = {
 """By what stands before the number of a problem of HumanEval-X, in small letters."""
 
 
+NAMES: dict[Language, str] = {
+    "python": "Python",
+    "cpp": "C++",
+    "java": "Java",
+    "js": "JavaScript",
+    "go": "Go",
+}
+
+
 @dataclass(frozen=True)
 class Problem:
     """A text that a model goes on with, and a test of what comes out."""
@@ -47,6 +56,10 @@ class Problem:
     """Python: what the test needs before it. Go: the program's own imports."""
     setup: str = ""
     """Go: what stands before the program."""
+    declaration: str = ""
+    """HumanEval-X: the head of the function, without the words that say what it does."""
+    ask: str = ""
+    """What the model is shown, where that isn't the prompt (translation)."""
 
     def program(self, completion: str) -> str:
         return self.prompt + completion
@@ -69,6 +82,26 @@ def read_problems(path: Path) -> dict[str, Problem]:
         found[problem.id] = problem
     if not found:
         raise UserError(f"{path}: no problem in it", KNOWN)
+    return found
+
+
+def translation(sources: Mapping[str, Problem], targets: Mapping[str, Problem]) -> dict[str, Problem]:
+    """HumanEval-X: a solution in one language is to be said in another (Zheng et al. 2023, section 4.1).
+
+    Raises UserError where a problem has no declaration, or no partner of the same number.
+    """
+    by_number = {name.partition("/")[2]: problem for name, problem in sources.items()}
+    found = {}
+    for name, target in targets.items():
+        source = by_number.get(name.partition("/")[2])
+        if source is None or not source.declaration or not target.declaration:
+            raise UserError(
+                f"{name} can't be translated into", "translation takes HumanEval-X in both languages"
+            )
+        solution = f"{source.declaration}{source.reference}".strip()
+        ask = f"code translation\n{NAMES[source.language]}:\n{solution}\n\n{NAMES[target.language]}:\n"
+        head = target.declaration.lstrip("\n")
+        found[name] = replace(target, prompt=head, ask=f"{ask}{head}")
     return found
 
 
@@ -137,6 +170,7 @@ def _problem(row: Mapping[str, Any]) -> Problem:
     begin = str(row["task_id"]).partition("/")[0].lower()
     language = LANGUAGES.get(begin, "python")
     plain = {
+        "declaration": row.get("declaration", ""),
         "id": row["task_id"],
         "language": language,
         "prompt": row["prompt"],

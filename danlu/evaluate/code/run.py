@@ -14,8 +14,8 @@ from danlu.core.sandbox.host import Backend, Jail
 from danlu.core.sandbox.limits import Limits
 from danlu.core.toolchains import TOOLCHAINS
 from danlu.evaluate.code.languages import run_source, shown
-from danlu.evaluate.code.problems import Language, Problem
-from danlu.evaluate.code.samples import LONGEST, NAMES, Sample
+from danlu.evaluate.code.problems import NAMES, Language, Problem
+from danlu.evaluate.code.samples import LONGEST, Sample
 
 T = TypeVar("T")
 K = TypeVar("K")

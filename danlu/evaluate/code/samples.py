@@ -9,7 +9,7 @@ from pathlib import Path
 from danlu.core.errors import UserError
 from danlu.data.conversations import Messages
 from danlu.data.documents import read_rows
-from danlu.evaluate.code.problems import Language, Problem
+from danlu.evaluate.code.problems import NAMES, Language, Problem
 
 LONGEST = 1 << 20
 """Bytes of a program; a longer one fails without being run."""
@@ -101,17 +101,11 @@ def _braces(text: str) -> Iterator[tuple[int, str]]:
             yield found.start(), found["brace"]
 
 
-NAMES: dict[Language, str] = {
-    "python": "Python",
-    "cpp": "C++",
-    "java": "Java",
-    "js": "JavaScript",
-    "go": "Go",
-}
-
-
 def chat_prompt(problem: Problem) -> Messages:
     """The problem as a request."""
+    if problem.ask:
+        asked = "Translate this code. Answer with the whole translated code in one block."
+        return [{"role": "user", "content": f"{asked}\n\n{problem.ask}"}]
     name, mark = NAMES[problem.language], problem.language
     asked = f"Complete this {name} code. Answer with the whole code in one block."
     return [{"role": "user", "content": f"{asked}\n\n```{mark}\n{problem.prompt}\n```"}]

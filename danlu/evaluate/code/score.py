@@ -28,7 +28,14 @@ from danlu.evaluate.code.config import CodeConfig
 from danlu.evaluate.code.evalplus import Plus, as_json, from_json, plus, plus_test
 from danlu.evaluate.code.page import scores_of, write_page
 from danlu.evaluate.code.pass_at_k import mean_pass_at_k
-from danlu.evaluate.code.problems import LANGUAGES, Problem, read_code_align, read_problems
+from danlu.evaluate.code.problems import (
+    LANGUAGES,
+    NAMES,
+    Problem,
+    read_code_align,
+    read_problems,
+    translation,
+)
 from danlu.evaluate.code.run import (
     Runner,
     Verdict,
@@ -40,7 +47,7 @@ from danlu.evaluate.code.run import (
     refuse_missing,
     usable,
 )
-from danlu.evaluate.code.samples import NAMES, Sample, chat_prompt, counts, cut, from_chat, read_samples
+from danlu.evaluate.code.samples import Sample, chat_prompt, counts, cut, from_chat, read_samples
 from danlu.evaluate.sets import located
 
 FILES = {
@@ -72,7 +79,7 @@ def code(config: CodeConfig) -> dict[str, Any]:
         result["plus"] = plus_scores(config, run, harder, samples, verdicts)
     result |= {
         "samples": str(config.samples or config.out / "samples.jsonl"),
-        "problems": config.problems,
+        "problems": f"{config.translate} to {config.problems}" if config.translate else config.problems,
         "model": config.model,
         "left_out": missing,
         "broken_references": broken,
@@ -96,6 +103,8 @@ def problems_of(config: CodeConfig) -> dict[str, Problem]:
         if not path.exists():
             raise UserError(f"{name}: no such file", f"name a file, or one of {', '.join((*FILES, *ALIGN))}")
         found = read_problems(path)
+    if config.translate:
+        found = translation(read_problems(_file(config.translate)), found)
     return dict(list(found.items())[: config.limit or None])
 
 
@@ -161,7 +170,11 @@ def write(config: CodeConfig, problems: Sequence[Problem]) -> list[tuple[str, bo
     if config.n > 1 and temperature == 0:
         raise UserError(f"{config.n} greedy samples are all the same", "set a temperature, or --n 1")
     ask = _server(config, temperature) if config.url else _engine(config, temperature)
-    prompts = [chat_prompt(one) if config.chat else one.prompt for one in problems for _ in range(config.n)]
+    prompts = [
+        chat_prompt(one) if config.chat else one.ask or one.prompt
+        for one in problems
+        for _ in range(config.n)
+    ]
     each = [problem for problem in problems for _ in range(config.n)]
     answers = ask(prompts, each)
     if config.chat:
