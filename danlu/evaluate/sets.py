@@ -191,6 +191,12 @@ def _summary(row: Mapping[str, Any]) -> Iterable[Row]:
     return [{"question": row["document"], "passage": "", "answers": [row["summary"]]}]
 
 
+def _program(row: Mapping[str, Any]) -> Iterable[Row]:
+    """HumanEval: the beginning of a function, and the test of a whole one."""
+    kept = {name: row[name] for name in ("task_id", "prompt", "test", "entry_point", "canonical_solution")}
+    return [{"question": row["prompt"], "passage": "", "answers": [row["canonical_solution"]], **kept}]
+
+
 def _mmlu(row: list[str]) -> Iterable[Row]:
     """Of the original CSV files: subject (from the file's name), question, four choices, letter."""
     subject, question, *choices, letter = row
@@ -280,6 +286,7 @@ FORMS: dict[str, Callable[[Any], Iterable[Row]]] = {
     "number": _number,
     "gsm8k": _gsm8k,
     "summary": _summary,
+    "program": _program,
     "mmlu": _mmlu,
     "truthful": _truthful,
     "bbh": _bbh,

@@ -51,7 +51,7 @@ class World:
         found = []
         with open(f"/proc/{self.victim.pid}/stat", encoding="ascii") as file:
             state = file.read().rpartition(")")[2].split()[0]
-        if state != "S":
+        if state not in "SDR":  # stopped, traced or dead
             found.append(f"the victim is in state {state}")
         if self.secret.read_text() != SECRET:
             found.append("the secret was changed")

@@ -23,6 +23,7 @@ from danlu.evaluate.code.pass_at_k import mean_pass_at_k, pass_at_k
 from danlu.evaluate.code.problems import Problem, read_code_align, read_problems
 from danlu.evaluate.code.samples import cut, from_chat
 from danlu.evaluate.code.score import code, problems_of, show
+from danlu.evaluate.code.task import passes
 from danlu.evaluate.sets import data_folder
 
 PROBLEMS = [
@@ -178,6 +179,11 @@ def test_bad_samples_are_refused(tmp_path: Path, problems: Path, rows: list[Any]
         code(config(tmp_path, samples=samples_file(tmp_path, rows)))
 
 
+def test_a_wrong_number_of_samples_is_refused(tmp_path: Path, problems: Path) -> None:
+    with pytest.raises(ValueError, match="ten is no number of samples"):
+        config(tmp_path, k=("1", "ten"))
+
+
 def test_a_part_can_be_scored(tmp_path: Path, problems: Path) -> None:
     path = samples_file(tmp_path, [{"task_id": "Try/1", "completion": "    return x + 1\n"}])
     assert code(config(tmp_path, samples=path, partial=True))["n_problems"] == 1
@@ -236,6 +242,38 @@ def test_a_solution_is_shown_in_another_language() -> None:
     assert asked.prompt == asked.ask[asked.ask.index("#include") :]
     with pytest.raises(UserError, match="HumanEval/0 can't be translated into"):
         problems_of(CodeConfig(problems="humaneval", translate="humaneval-x/java"))
+
+
+def test_a_model_writes_samples_and_goes_on_where_it_stopped(
+    tmp_path: Path, problems: Path, tiny: Path
+) -> None:
+    """The model has learnt nothing: what counts is that each sample is there, once, and comes again alike."""
+    model = str(tiny / "runs/tiny/pretrain")
+    asked = config(tmp_path, model=model, n=3, max_tokens=8)
+    result = code(asked)
+    assert (result["n_samples"], result["pass@1"]) == (12, 0)
+    path = tmp_path / "out" / "samples.jsonl"
+    lines = path.read_text().splitlines()
+    assert len({(json.loads(line)["task_id"], json.loads(line)["sample"]) for line in lines}) == 12
+    path.write_text("\n".join(lines[:5]) + "\n" + lines[5][:10])
+    code(asked)
+    assert path.read_text().splitlines()[:5] == lines[:5]
+    assert sorted(path.read_text().splitlines()) == sorted(lines)
+    code(config(tmp_path, model=model, n=1, max_tokens=8))  # something else is asked: from the beginning
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_human_eval_is_a_task_of_the_harness() -> None:
+    problem = read_problems(Path(HUMAN_EVAL))["HumanEval/2"]
+    doc = {
+        "task_id": problem.id,
+        "prompt": problem.prompt,
+        "canonical_solution": problem.reference,
+        "test": problem.test.rpartition("\ncheck(")[0],
+        "entry_point": problem.names[0],
+    }
+    assert passes(doc, [problem.reference]) == {"pass@1": 1.0}
+    assert passes(doc, ["    return 0.5\n"]) == {"pass@1": 0.0}
 
 
 # The field's problems, whole

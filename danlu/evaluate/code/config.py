@@ -61,7 +61,13 @@ class CodeConfig(Config):
         description="run the programs with no jail at all, as the user that you are: only your own code",
     )
 
-    _apart = field_validator("k")(apart)
+    @field_validator("k")
+    @classmethod
+    def _numbers(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        values = apart(values)
+        if wrong := [value for value in values if not value.isdigit() or int(value) < 1]:
+            raise ValueError(f"{wrong[0]} is no number of samples; write 1,10")
+        return values
 
     def ks(self, n: int) -> list[int]:
         """Those of pass@k that n samples of each problem allow."""

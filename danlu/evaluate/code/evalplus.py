@@ -25,6 +25,8 @@ from danlu.core.sandbox.values import decode, encode
 from danlu.evaluate.code.inputs import Arguments, Generator
 from danlu.evaluate.code.problems import Problem
 
+GENERATION = 1
+"""Counts up when other inputs come out for the same problem: those that are kept are made again."""
 SECONDS = 60.0
 """For all inputs of a problem together."""
 EACH = 0.1

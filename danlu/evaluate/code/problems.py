@@ -72,7 +72,7 @@ def read_problems(path: Path) -> dict[str, Problem]:
         if not isinstance(row, dict):
             raise UserError(f"{where}: not a problem", "a problem is an object with task_id, prompt and test")
         try:
-            problem = _problem(row)
+            problem = parse(row)
         except KeyError as missing:
             raise UserError(f"{where}: the problem has no {missing}", KNOWN) from None
         except (TypeError, ValueError, SyntaxError) as error:
@@ -164,7 +164,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, problem {number}", row
 
 
-def _problem(row: Mapping[str, Any]) -> Problem:
+def parse(row: Mapping[str, Any]) -> Problem:
+    """A row of a file. Raises KeyError, TypeError, ValueError or SyntaxError where it is no problem."""
     if "test_list" in row:
         return _mbpp(row)
     begin = str(row["task_id"]).partition("/")[0].lower()

@@ -77,6 +77,7 @@ class Runner:
         """(a key, what to do in a jail) → (the key, what came of it), as they are done."""
         todo, running = iter(work), dict[Future[T], K]()
         while True:
+            # A few more than there are jails, so that none waits for the next.
             for key, one in islice(todo, 2 * self.workers - len(running)):
                 running[self.pool.submit(self.inside, one)] = key
             if not running:

@@ -19,13 +19,14 @@ from typing import Any
 
 from danlu.core.device import cache_folder
 from danlu.core.errors import UserError
-from danlu.core.files import atomic_write, make_folder
+from danlu.core.files import atomic_write, make_folder, read_json
 from danlu.core.host import cores
-from danlu.core.progress import Progress
+from danlu.core.progress import Progress, track
 from danlu.core.sandbox.host import Backend
 from danlu.core.show import console, table
+from danlu.data.documents import read_rows
 from danlu.evaluate.code.config import CodeConfig
-from danlu.evaluate.code.evalplus import Plus, as_json, from_json, plus, plus_test
+from danlu.evaluate.code.evalplus import GENERATION, Plus, as_json, from_json, plus, plus_test
 from danlu.evaluate.code.page import scores_of, write_page
 from danlu.evaluate.code.pass_at_k import mean_pass_at_k
 from danlu.evaluate.code.problems import (
@@ -129,19 +130,28 @@ def samples_of(config: CodeConfig, problems: Mapping[str, Problem]) -> list[Samp
         raise UserError(
             "neither samples nor a model are given", "name a file of samples, --model or --references"
         )
-    path = config.out / "samples.jsonl"
-    about = config.model_dump(mode="json", include=ABOUT)
+    path, about = config.out / "samples.jsonl", config.model_dump(mode="json", include=ABOUT)
     kept = config.out / "samples.json"
-    if path.exists() and kept.exists() and json.loads(kept.read_text("utf-8")) == about:
-        return read_samples(path, problems, False)
-    completions = write(config, list(problems.values()))
-    with atomic_write(path) as file:
-        for (name, _), (completion, whole) in zip(_asked(problems, config.n), completions, strict=True):
-            row = {"task_id": name, "solution" if whole else "completion": completion}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    with atomic_write(kept) as file:
-        json.dump(about, file)
-    return read_samples(path, problems, False)
+    if not (path.exists() and kept.exists() and read_json(kept) == about):
+        path.unlink(missing_ok=True)
+        with atomic_write(kept) as file:
+            json.dump(about, file)
+    written = {(row["task_id"], row["sample"]) for row in _whole_lines(path)}
+    todo = [
+        (name, number) for name in problems for number in range(config.n) if (name, number) not in written
+    ]
+    if todo:
+        with path.open("a", encoding="utf-8") as file:
+
+            def keep(place: int, text: str) -> None:
+                name, number = todo[place]
+                kind = "solution" if config.chat else "completion"
+                row = {"task_id": name, "sample": number, kind: text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+
+            write(config, [(problems[name], number) for name, number in todo], keep)
+    return read_samples(path, problems)
 
 
 ABOUT = {
@@ -160,29 +170,40 @@ ABOUT = {
 """What the model's samples hang on."""
 
 
-def _asked(problems: Mapping[str, Problem], n: int) -> list[tuple[str, int]]:
-    return [(name, number) for name in problems for number in range(n)]
+Asked = Sequence[tuple[Problem, int]]
+"""Problems, each with the number of its sample, which its draws hang on."""
+Found = Callable[[int, str], None]
+"""Told the place of what was asked, and what came of it."""
+Ask = Callable[[Sequence[Any], Asked, Found], None]
 
 
-def write(config: CodeConfig, problems: Sequence[Problem]) -> list[tuple[str, bool]]:
-    """n samples of each problem, in order: a completion, or from a chat a whole program (True)."""
+def write(config: CodeConfig, asked: Asked, keep: Found) -> None:
+    """Samples as they come: a completion, or from a chat a whole program. Raises UserError."""
     temperature = config.temperature if config.temperature >= 0 else (0.8 if config.n > 1 else 0.0)
     if config.n > 1 and temperature == 0:
         raise UserError(f"{config.n} greedy samples are all the same", "set a temperature, or --n 1")
+
+    def found(place: int, text: str) -> None:
+        problem, _ = asked[place]
+        keep(place, from_chat(text, problem) if config.chat else cut(text, problem.language))
+
     ask = _server(config, temperature) if config.url else _engine(config, temperature)
-    prompts = [
-        chat_prompt(one) if config.chat else one.ask or one.prompt
-        for one in problems
-        for _ in range(config.n)
-    ]
-    each = [problem for problem in problems for _ in range(config.n)]
-    answers = ask(prompts, each)
-    if config.chat:
-        return [(from_chat(text, problem), True) for text, problem in zip(answers, each, strict=True)]
-    return [(cut(text, problem.language), False) for text, problem in zip(answers, each, strict=True)]
+    prompts = [chat_prompt(one) if config.chat else one.ask or one.prompt for one, _ in asked]
+    ask(prompts, asked, found)
 
 
-Ask = Callable[[Sequence[Any], Sequence[Problem]], list[str]]
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that is written line by line; a last one that was cut off is taken away.
+
+    Raises UserError where another one is damaged.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        path.write_bytes(whole)
+    return [row for _, row in read_rows(path)]
 
 
 def _engine(config: CodeConfig, temperature: float) -> Ask:
@@ -193,18 +214,18 @@ def _engine(config: CodeConfig, temperature: float) -> Ask:
     model, tokenizer, kind = load_for_engine(config.model, config.dtype, "auto")
     engine = Engine(model, tokenizer, dtype=kind)
 
-    def ask(prompts: Sequence[Any], problems: Sequence[Problem]) -> list[str]:
+    def ask(prompts: Sequence[Any], asked: Asked, found: Found) -> None:
         params = [
             SamplingParams(
                 max_tokens=config.max_tokens,
                 temperature=temperature,
                 top_p=config.top_p,
-                seed=config.seed + number % config.n,
+                seed=config.seed + number,
                 stop=STOPS if problem.language == "python" and not config.chat else (),
             )
-            for number, problem in enumerate(problems)
+            for problem, number in asked
         ]
-        return [one.text for one in engine.generate(list(prompts), params, progress="samples")]
+        engine.generate(list(prompts), params, "samples", lambda place, one: found(place, one.text))
 
     return ask
 
@@ -215,9 +236,9 @@ def _server(config: CodeConfig, temperature: float) -> Ask:
 
     served = ServedLM(config.url, config.model, os.environ.get("OPENAI_API_KEY", ""), config.chat)
 
-    def ask(prompts: Sequence[Any], problems: Sequence[Problem]) -> list[str]:
+    def ask(prompts: Sequence[Any], asked: Asked, found: Found) -> None:
         requests = []
-        for prompt, problem in zip(prompts, problems, strict=True):
+        for prompt, (problem, _) in zip(prompts, asked, strict=True):
             how = {
                 "max_gen_toks": config.max_tokens,
                 "temperature": temperature,
@@ -227,9 +248,15 @@ def _server(config: CodeConfig, temperature: float) -> Ask:
             }
             text = json.dumps(prompt, ensure_ascii=False) if config.chat else prompt
             requests.append(Instance("generate_until", {}, (text, how), 0))
-        return served.generate_until(requests)
+        for begin in track(range(0, len(requests), AT_ONCE), "samples", unit=f"times {AT_ONCE} requests"):
+            for place, said in enumerate(served.generate_until(requests[begin : begin + AT_ONCE]), begin):
+                found(place, said)
 
     return ask
+
+
+AT_ONCE = 32
+"""Requests that a server gets before what it answered is kept."""
 
 
 # Verdicts
@@ -294,7 +321,7 @@ def with_plus(runner: Runner, problems: Mapping[str, Problem], config: CodeConfi
     found: dict[str, Plus] = {}
     files = {}
     for name, problem in problems.items():
-        files[name] = folder / f"{key_of(problem, str(config.plus))}.json"
+        files[name] = folder / f"{key_of(problem, f'{config.plus} {GENERATION}')}.json"
         if files[name].exists():
             found[name] = from_json(files[name].read_text("utf-8"))
     with Progress("inputs made", len(problems), "problems") as progress:
@@ -325,15 +352,13 @@ def backend_of(config: CodeConfig) -> Backend:
 def _kept(path: Path) -> dict[str, Verdict]:
     """Verdicts of an earlier run; its last line may have been cut off."""
     found: dict[str, Verdict] = {}
-    if not path.exists():
-        return found
-    whole = [line for line in path.read_text("utf-8").split("\n")[:-1] if line.strip()]
-    for line in whole:
-        row = json.loads(line)
-        row.pop("task_id")
-        key = row.pop("key")
-        found[key] = Verdict(**row)
-    path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+    for number, row in enumerate(_whole_lines(path), 1):
+        try:
+            found[row["key"]] = Verdict(**{k: v for k, v in row.items() if k not in ("key", "task_id")})
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{path}, row {number}: not a verdict", "remove the file: it is made again"
+            ) from None
     return found
 
 
