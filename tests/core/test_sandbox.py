@@ -148,7 +148,7 @@ def test_honest_programs_pass(jail: Jail, name: str) -> None:
 
 def test_a_wrong_answer_is_shown_with_its_input(jail: Jail) -> None:
     found = jail.examine("def f(x):\n    return x - 2", "", TEST, ["f"], SMALL)
-    assert (found.how, found.call) == ("failed", "f(20) → 18")
+    assert (found.how, found.said, found.call) == ("failed", TEST, "f(20) → 18")
     found = jail.examine("def f(x):\n    return 1 / 0", "", TEST, ["f"], SMALL)
     assert (found.how, found.said) == ("raised", "ZeroDivisionError: division by zero")
     found = jail.examine("def f(x) return", "", TEST, ["f"], SMALL)

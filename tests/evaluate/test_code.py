@@ -150,7 +150,7 @@ def test_a_reference_that_fails_is_named_and_not_scored(tmp_path: Path) -> None:
     )
     rows = [{"task_id": f"Try/{n}", "completion": f"    return x + {n}\n"} for n in (1, 2)]
     result = code(config(tmp_path, samples=samples_file(tmp_path, rows)))
-    assert result["broken_references"] == {"Try/2": "failed"}
+    assert result["broken_references"] == {"Try/2": "failed assert candidate(x) == x + 2"}
     assert (result["pass@1"], result["n_problems"]) == (1, 1)
     checked = code(config(tmp_path, references=True))
     assert (checked["references"], checked["n_problems"]) == (1, 2)

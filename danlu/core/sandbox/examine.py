@@ -22,6 +22,8 @@ from danlu.core.sandbox.values import MAX_BYTES, decode, encode
 
 SAID = 400
 """Characters that are kept of a value or message."""
+TEST = "test.py"
+"""What a test is called in tracebacks."""
 PRINTED = 100_000
 """Characters of what a call prints that a test can see."""
 
@@ -222,6 +224,17 @@ class Candidate:
         raise _exception(kind, message)
 
 
+def _line(error: BaseException, test: str) -> str:
+    """The last line of the test that was on the way to an error."""
+    place, step = 0, error.__traceback__
+    while step:
+        if step.tb_frame.f_code.co_filename == TEST:
+            place = step.tb_lineno
+        step = step.tb_next
+    lines = test.splitlines()
+    return lines[place - 1].strip() if 0 < place <= len(lines) else ""
+
+
 def _exception(kind: str, message: str) -> Exception:
     """The builtin one of this name, so that a test can expect it; else one that says the name."""
     found = getattr(builtins, kind, None)
@@ -266,9 +279,10 @@ def examine(
     try:
         candidate.load()
         space |= {name: candidate.function(name) for name in names}
-        exec(compile(test, "test.py", "exec"), space)
+        exec(compile(test, TEST, "exec"), space)
     except AssertionError as error:
-        return "failed", str(error)[:SAID], candidate.last, space.get("result")
+        said = str(error) or _line(error, test)
+        return "failed", said[:SAID], candidate.last, space.get("result")
     except Gone as error:
         how = "timed out" if str(error) == "timed out" else "ended"
         return how, str(error), candidate.last, space.get("result")
