@@ -23,7 +23,7 @@ from danlu.core.sandbox.host import Jail
 from danlu.core.sandbox.limits import Limits
 
 TEST = "assert f(20) == 22"
-SMALL = Limits(seconds=1.5, memory_bytes=512 << 20, processes=32)
+SMALL = Limits(seconds=1, memory_bytes=512 << 20, processes=32)
 GAINS = re.compile(
     r"4711|connected|^wrote|traced|read \d|mounted|unshared|says 0|made many|too much|made it|found what"
 )

@@ -66,6 +66,7 @@ def code(config: CodeConfig) -> dict[str, Any]:
     """Runs the samples. Raises UserError for what can't be read, and for a machine that holds no program."""
     begin = time.monotonic()
     problems = problems_of(config)
+    make_folder(config.out)
     samples = [] if config.references else samples_of(config, problems)
     if config.partial:
         problems = {name: problem for name, problem in problems.items() if name in counts(samples)}
@@ -117,7 +118,6 @@ def _file(name: str) -> Path:
 
 def samples_of(config: CodeConfig, problems: Mapping[str, Problem]) -> list[Sample]:
     """From the file, or written by the model into `samples.jsonl`. Raises UserError."""
-    make_folder(config.out)
     if config.samples is not None:
         if config.model:
             raise UserError(
