@@ -16,6 +16,11 @@ ToHandle = Callable[[Any], dict[str, Any]]
 FromHandle = Callable[[dict[str, Any]], Any]
 
 
+def no_handles(value: Any) -> Any:
+    """For values that must be plain. Raises TypeError."""
+    raise TypeError(f"{type(value).__name__} is no plain value")
+
+
 def encode(value: Any, handle: ToHandle) -> bytes:
     """Raises ValueError where it is too large, and RecursionError where it is too deep or holds itself."""
     text = json.dumps(_plain(value, handle), separators=(",", ":")).encode()

@@ -21,7 +21,7 @@ from typing import Any
 from danlu.core.errors import UserError
 from danlu.core.sandbox.host import Examined, Jail
 from danlu.core.sandbox.limits import Limits
-from danlu.core.sandbox.values import decode, encode
+from danlu.core.sandbox.values import decode, encode, no_handles
 from danlu.evaluate.code.inputs import Arguments, Generator
 from danlu.evaluate.code.problems import Problem
 
@@ -79,7 +79,7 @@ result = _encode(_calls, None).decode()
     found = _examine(jail, problem, problem.program(problem.reference), test)
     if not found.passed or not found.result:
         raise UserError(f"{problem.id}: the inputs of its test can't be had: {found.how} {found.said}", "")
-    unique = {repr(one): one for one in decode(found.result.encode(), _refuse)}
+    unique = {encode(one, no_handles): one for one in decode(found.result.encode(), no_handles)}
     return list(unique.values())
 
 
@@ -90,7 +90,7 @@ def answers(
     (name,) = problem.names
     test = f"""
 from danlu.core.sandbox.values import decode as _decode, encode as _encode
-_inputs = _decode({encode(list(inputs), _refuse)!r}, None)
+_inputs = _decode({encode(list(inputs), no_handles)!r}, None)
 _found = []
 for _one in candidate_process.each({name!r}, _inputs, {seconds}):
     try:
@@ -102,7 +102,7 @@ result = _found
     found = _examine(jail, problem, program, test)
     if not found.passed:
         return None
-    return [decode(one.encode(), _refuse) for one in found.result]
+    return [decode(one.encode(), no_handles) for one in found.result]
 
 
 def plus(jail: Jail, problem: Problem, count: int = 1000, seed: int = 0) -> Plus:
@@ -122,7 +122,7 @@ def plus(jail: Jail, problem: Problem, count: int = 1000, seed: int = 0) -> Plus
     expected: list[Any] = []
     made = known
     for part in range(ROUNDS + 1):
-        made = [one for one in made if len(repr(one)) < LONGEST]
+        made = [one for one in made if len(encode(one, no_handles)) < LONGEST]
         for one, value in zip(made, _judged(jail, problem, made), strict=True):
             if value is not None:
                 inputs.append(one)
@@ -130,8 +130,9 @@ def plus(jail: Jail, problem: Problem, count: int = 1000, seed: int = 0) -> Plus
         if not inputs:
             return Plus([], [], "the reference doesn't answer the inputs of its own test in time, or alike")
         # An answer that few inputs have is where something is decided: such inputs are changed more often.
-        often = Counter(map(repr, expected))
-        weights = [1 / often[repr(value)] for value in expected]
+        texts = [encode(value, no_handles) for value in expected]
+        often = Counter(texts)
+        weights = [1 / often[text] for text in texts]
         wanted = count * (part + 1) // ROUNDS - len(inputs)
         made = generator.more(inputs, weights, max(wanted, 0))
     return Plus(inputs[:count], expected[:count])
@@ -139,7 +140,7 @@ def plus(jail: Jail, problem: Problem, count: int = 1000, seed: int = 0) -> Plus
 
 ROUNDS = 8
 LONGEST = 10_000
-"""Characters of an input."""
+"""Bytes of an input."""
 
 
 def _judged(jail: Jail, problem: Problem, inputs: Sequence[Arguments]) -> list[tuple[Any] | None]:
@@ -149,7 +150,7 @@ def _judged(jail: Jail, problem: Problem, inputs: Sequence[Arguments]) -> list[t
     if first is None or second is None:
         return [None] * len(inputs)
     return [
-        (value,) if fine and still and repr(value) == repr(other) else None
+        (value,) if fine and still and encode(value, no_handles) == encode(other, no_handles) else None
         for (fine, value), (still, other) in zip(first, second, strict=True)
     ]
 
@@ -166,7 +167,7 @@ def _constants(source: str) -> list[Any]:
 def plus_test(problem: Problem, made: Plus) -> str:
     """A test that asks a candidate for the answers, and shows the first input on which they differ."""
     (name,) = problem.names
-    pairs = encode([made.inputs, made.expected], _refuse)
+    pairs = encode([made.inputs, made.expected], no_handles)
     return f"""
 from danlu.core.sandbox.values import decode as _decode
 {inspect.getsource(same)}
@@ -213,10 +214,6 @@ def _examine(jail: Jail, problem: Problem, program: str, test: str) -> Examined:
     return jail.examine(program, problem.imports, test, problem.names, Limits(seconds=SECONDS))
 
 
-def _refuse(value: Any) -> Any:
-    raise TypeError(f"{value!r} is no plain value")
-
-
 # Which inputs are worth keeping
 
 
@@ -248,10 +245,10 @@ def reduced(killed: Mapping[str, set[int]]) -> list[int]:
 
 def as_json(made: Plus) -> str:
     return json.dumps(
-        [encode(made.inputs, _refuse).decode(), encode(made.expected, _refuse).decode(), made.why_not]
+        [encode(made.inputs, no_handles).decode(), encode(made.expected, no_handles).decode(), made.why_not]
     )
 
 
 def from_json(text: str) -> Plus:
     inputs, expected, why = json.loads(text)
-    return Plus(decode(inputs.encode(), _refuse), decode(expected.encode(), _refuse), why)
+    return Plus(decode(inputs.encode(), no_handles), decode(expected.encode(), no_handles), why)

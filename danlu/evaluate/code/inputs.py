@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+from danlu.core.sandbox.values import encode, no_handles
+
 Arguments = list[Any]
 
 _ALPHABETS = (
@@ -319,7 +321,7 @@ class Generator:
 
     def __init__(self, seeds: Sequence[Arguments], seed: int, constants: Sequence[Any] = ()) -> None:
         self.contract, self.mutator = Contract(seeds), Mutator(seeds, seed, constants)
-        self.known = {repr(one) for one in seeds}
+        self.known = {encode(one, no_handles) for one in seeds}
 
     def more(
         self, parents: Sequence[Arguments], weights: Sequence[float], count: int, tries: int = 50
@@ -330,7 +332,7 @@ class Generator:
             if len(found) == count:
                 break
             made = self.mutator.mutate(parent)
-            key = repr(made)
+            key = encode(made, no_handles)
             if key not in self.known and self.contract.allows(made):
                 self.known.add(key)
                 found.append(made)
