@@ -132,10 +132,12 @@ def samples_of(config: CodeConfig, problems: Mapping[str, Problem]) -> list[Samp
         )
     path, about = config.out / "samples.jsonl", config.model_dump(mode="json", include=ABOUT)
     kept = config.out / "samples.json"
-    if not (path.exists() and kept.exists() and read_json(kept) == about):
-        path.unlink(missing_ok=True)
-        with atomic_write(kept) as file:
-            json.dump(about, file)
+    if path.exists() and not (kept.exists() and read_json(kept) == about):
+        raise UserError(
+            f"{path} holds samples that were asked for otherwise", "name another folder with --out"
+        )
+    with atomic_write(kept) as file:
+        json.dump(about, file)
     written = {(row["task_id"], row["sample"]) for row in _whole_lines(path)}
     todo = [
         (name, number) for name in problems for number in range(config.n) if (name, number) not in written
