@@ -84,7 +84,8 @@ def test_other_things_do_not_travel() -> None:
 )
 def test_nonsense_is_refused(data: bytes) -> None:
     with suppress(ValueError):
-        decode(data, no_handles)
+        value = decode(data, no_handles)
+        assert repr(decode(encode(value, no_handles), no_handles)) == repr(value)
 
 
 # What it lets through

@@ -22,7 +22,7 @@ from danlu.evaluate.code.languages import run_source, shown
 from danlu.evaluate.code.pass_at_k import mean_pass_at_k, pass_at_k
 from danlu.evaluate.code.problems import Problem, read_code_align, read_problems
 from danlu.evaluate.code.samples import cut, from_chat
-from danlu.evaluate.code.score import code, problems_of, show
+from danlu.evaluate.code.score import ABOUT, code, problems_of, show
 from danlu.evaluate.code.task import passes
 from danlu.evaluate.sets import data_folder
 
@@ -262,6 +262,12 @@ def test_a_model_writes_samples_and_goes_on_where_it_stopped(
     with pytest.raises(UserError, match="holds samples that were asked for otherwise"):
         code(config(tmp_path, model=model, n=1, max_tokens=8))
     assert sorted(path.read_text().splitlines()) == sorted(lines)
+
+
+def test_each_option_is_one_of_the_samples_or_of_their_judgement() -> None:
+    """What is left out of ABOUT must change nothing about what a model writes."""
+    judgement = {"samples", "references", "k", "plus", "partial", "out", "workers", "least_seconds", "factor"}
+    assert CodeConfig.model_fields.keys() - ABOUT == judgement | {"sandbox", "unsafe"}
 
 
 def test_human_eval_is_a_task_of_the_harness() -> None:

@@ -169,8 +169,6 @@ class Candidate:
         self.wire, self.until = wire, until
         self.last = ""
         """The last call, and what came of it, for people."""
-        self.seconds = 0.0
-        """How long its answers have taken, together."""
 
     def load(self) -> None:
         """Raises what its source raised."""
@@ -195,13 +193,11 @@ class Candidate:
         name = target if isinstance(target, str) else repr(target)
         shown = [_shown(one) for one in args] + [f"{key}={_shown(one)}" for key, one in kwargs.items()]
         self.last = f"{name}({', '.join(shown)})"[:SAID]
-        begin = time.monotonic()
         try:
             self.wire.send(encode([what, target, args, kwargs], _number_of))
         except OSError:
             raise Gone("its process ended") from None
         result = self._receive()
-        self.seconds += time.monotonic() - begin
         self.last = f"{self.last} → {_shown(result)}"
         return result
 
@@ -239,10 +235,8 @@ def _exception(kind: str, message: str) -> Exception:
     """The builtin one of this name, so that a test can expect it; else one that says the name."""
     found = getattr(builtins, kind, None)
     if isinstance(found, type) and issubclass(found, Exception):
-        try:
+        with suppress(TypeError):  # some take more arguments
             return found(message)
-        except TypeError:  # it takes more arguments
-            pass
     return RuntimeError(f"{kind}: {message}")
 
 

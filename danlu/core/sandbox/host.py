@@ -1,4 +1,4 @@
-"""`Sandbox`: jails on this machine, each with a warm interpreter, that prove what they promise before use."""
+"""Jails on this machine, each with a warm interpreter, that prove what they promise before use."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import danlu
 from danlu.core.errors import UserError
-from danlu.core.sandbox import jail
+from danlu.core.sandbox import jail, kernel
 from danlu.core.sandbox.examine import Wire
 from danlu.core.sandbox.limits import Limits
 from danlu.core.sandbox.values import MAX_BYTES
@@ -77,6 +77,8 @@ class Jail:
 
     def __init__(self, backend: Backend, number: int, shown: Sequence[tuple[str, str]] = ()) -> None:
         """`number` tells jails apart that run side by side. Raises UserError where the machine has no way."""
+        if sys.platform != "linux" or not kernel.SUPPORTED:
+            raise UserError("code can be run in a jail of Linux on x86-64 and ARM only", "run it there")
         self.backend = backend
         privileged = os.geteuid() == 0 and _can_change_user()
         users = (FIRST_USER + 2 * number, FIRST_USER + 2 * number + 1) if privileged else None

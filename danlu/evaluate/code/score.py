@@ -44,11 +44,10 @@ from danlu.evaluate.code.run import (
     distinct,
     key_of,
     limit,
+    missing_toolchains,
     references,
-    refuse_missing,
-    usable,
 )
-from danlu.evaluate.code.samples import Sample, chat_prompt, counts, cut, from_chat, read_samples
+from danlu.evaluate.code.samples import Sample, chat_prompt, cut, from_chat, read_samples
 from danlu.evaluate.sets import located
 
 FILES = {
@@ -69,11 +68,15 @@ def code(config: CodeConfig) -> dict[str, Any]:
     make_folder(config.out)
     samples = [] if config.references else samples_of(config, problems)
     if config.partial:
-        problems = {name: problem for name, problem in problems.items() if name in counts(samples)}
-    refuse_missing(problems)
-    missing = usable(problems)
+        have = {sample.task for sample in samples}
+        problems = {name: problem for name, problem in problems.items() if name in have}
+    missing = missing_toolchains(problems)
     left_out = [name for name, problem in problems.items() if NAMES[problem.language] in missing]
     run = {name: problem for name, problem in problems.items() if name not in left_out}
+    if not run:
+        raise UserError(
+            "; ".join(f"{name}: {why}" for name, why in missing.items()), "`danlu doctor` lists it"
+        )
     samples = [sample for sample in samples if sample.task in run]
     verdicts, broken, harder = judged(config, run, samples)
     result = scores(config, run, samples, verdicts, broken)
@@ -158,6 +161,7 @@ def samples_of(config: CodeConfig, problems: Mapping[str, Problem]) -> list[Samp
 
 ABOUT = {
     "problems",
+    "translate",
     "model",
     "n",
     "temperature",
