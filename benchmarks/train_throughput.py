@@ -1,6 +1,7 @@
 """Training speed: danlu beside transformers' Trainer, in turns, on the same model, data and optimiser.
 
-    python benchmarks/train_throughput.py [--sizes 10M 50M] [--lora] [--alternations 7] [--json FILE]
+    python benchmarks/train_throughput.py [--sizes 10M 50M] [--lora] [--contestants NAME ...]
+                                          [--alternations 7] [--json FILE]
 
 Every contestant is a process of its own, with the allocator and the memory that its user would have. All
 are started, warmed up (compiled), and then run by turns, a few steps each, while the others sleep; on a
@@ -84,7 +85,6 @@ SIZES = {
         "1.1B": Size(_model(2048, 22, 32, 5632, 32000, 2048, 4), 4, 2048, 10, 2e-4),
     },
 }
-CONTESTANTS = ("danlu", "danlu, order of sums free", "Trainer", "Trainer, compiled")
 WARM_UP = 4
 RANK = 16
 BATCHES = 128
@@ -354,7 +354,9 @@ def product_rate(device: str) -> float:
     return 2 * size**3 / best
 
 
-def measure(name: str, size: Size, device: str, lora: bool, alternations: int) -> dict[str, Any]:
+def measure(
+    name: str, size: Size, device: str, lora: bool, contestants: list[str], alternations: int
+) -> dict[str, Any]:
     """One size: every contestant, turn by turn. Returns the rows and ratios of the result."""
 
     def start(contestant_name: str) -> Contestant:
@@ -365,7 +367,7 @@ def measure(name: str, size: Size, device: str, lora: bool, alternations: int) -
     racers, products = [], []
     quiet = Quietness()
     if device == "cuda":
-        for contestant_name in CONTESTANTS:
+        for contestant_name in contestants:
             racer = start(contestant_name)
             for _ in range(alternations):
                 racer.run(size.steps)
@@ -375,7 +377,7 @@ def measure(name: str, size: Size, device: str, lora: bool, alternations: int) -
             rate, megabytes = statistics.median(racer.rates), racer.memory / 1e6
             say(f"{name}: {contestant_name}: {rate:.0f} tokens/s, {megabytes:.0f} MB")
         return summarise(name, size, lora, racers, products, quiet.others())
-    racers = [start(contestant_name) for contestant_name in CONTESTANTS]
+    racers = [start(contestant_name) for contestant_name in contestants]
     quiet = Quietness()
     for number in range(alternations):
         order = racers if number % 2 == 0 else racers[::-1]
@@ -411,7 +413,9 @@ def summarise(
         }
         for racer in racers
     ]
-    ours, free, *peers = racers
+    by_name = {racer.name: racer for racer in racers}
+    ours, free = by_name["danlu"], by_name.get("danlu, order of sums free")
+    peers = [racer for racer in racers if racer not in (ours, free)]
     fastest = max(peers, key=lambda racer: statistics.median(racer.rates))
     ratios = [a / b for a, b in zip(ours.rates, fastest.rates, strict=True)]
     low, high = median_interval(ratios)
@@ -427,7 +431,9 @@ def summarise(
             "largest_relative_gap_of_losses": gap,
             "cost_of_determinism": statistics.median(
                 b / a - 1 for a, b in zip(ours.rates, free.rates, strict=True)
-            ),
+            )
+            if free
+            else None,
             "product_flops_per_second": peak,
             "others_share_of_processor": others,
         },
@@ -446,11 +452,13 @@ def table(result: dict[str, Any]) -> str:
         )
     for name, ratio in result["ratios"].items():
         low, high = ratio["interval"]
+        cost = ratio["cost_of_determinism"]
+        determinism = "" if cost is None else f"determinism costs {cost:.1%}; "
         lines.append(
             f"{name}: danlu is {ratio['median']:.3f} times as fast as {ratio['against']} "
             f"[{low:.3f}, {high:.3f}], with {ratio['memory']:.2f} of its memory; losses differ by at most "
-            f"{ratio['largest_relative_gap_of_losses']:.2%}; determinism costs "
-            f"{ratio['cost_of_determinism']:.1%}; a product runs at "
+            f"{ratio['largest_relative_gap_of_losses']:.2%}; "
+            f"{determinism}a product runs at "
             f"{ratio['product_flops_per_second'] / 1e9:.0f} GFLOP/s; other processes took "
             f"{ratio['others_share_of_processor']:.1%} of the processor"
         )
@@ -462,6 +470,14 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--sizes", nargs="+", help="default: all of the device")
     parser.add_argument("--lora", action="store_true", help="adapters instead of all weights")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=RUNNERS,
+        default=list(RUNNERS),
+        metavar="NAME",
+        help="default: all. danlu and one of the Trainers must take part",
+    )
     parser.add_argument("--alternations", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
@@ -470,11 +486,16 @@ def main() -> None:
     if unknown := [name for name in sizes if name not in known]:
         parser.error(f"unknown size {unknown[0]}; known: {', '.join(known)}")
 
+    if "danlu" not in options.contestants or not any("Trainer" in name for name in options.contestants):
+        parser.error("danlu and one of the Trainers must take part")
+
     from danlu.core.device import machine
 
     result: dict[str, Any] = {"machine": asdict(machine()), "rows": [], "ratios": {}}
     for name in sizes:
-        measured = measure(name, known[name], options.device, options.lora, options.alternations)
+        measured = measure(
+            name, known[name], options.device, options.lora, options.contestants, options.alternations
+        )
         result["rows"] += measured["rows"]
         result["ratios"][name] = measured["ratio"]
     print(table(result))

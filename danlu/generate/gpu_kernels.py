@@ -1,7 +1,9 @@
 """Attention of single tokens over the cache on a GPU, in Triton, which comes with PyTorch there.
 
-Keys and values are read once, where they lie, for all heads that share them (Dao et al. 2022, FlashAttention,
-algorithm 1: a running maximum, and sums that are scaled to it).
+Keys and values are read once, where they lie, for all heads that share them (Dao et al. 2022,
+FlashAttention, algorithm 1: a running maximum, and sums that are scaled to it). A long sequence is read by several programs,
+each a part of its positions, whose sums another kernel scales to the largest maximum and adds (Dao et al. 2023,
+Flash-Decoding): one sequence alone would keep a few of a hundred processors busy.
 """
 
 import torch
@@ -17,6 +19,8 @@ TILE = 64
 """Positions that are read at a time."""
 ROWS = 16
 """Least rows of a product; heads that share keys are filled up to it."""
+PROGRAMS = 2
+"""For each processor, at most, when sequences are split."""
 
 
 def fits(q: Tensor, keys: Tensor) -> bool:
@@ -31,9 +35,12 @@ def attend(
     """As `paged.gathered_attention`."""
     n, n_heads, width = q.shape
     groups = keys.shape[1]
+    n_splits = splits(n * groups, tables.shape[1] * POSITIONS, q.device)
     out = torch.empty_like(q)
+    parts = torch.empty(n, n_heads, n_splits, width, dtype=torch.float32, device=q.device)
+    peaks, totals = torch.empty(2, n, n_heads, n_splits, dtype=torch.float32, device=q.device)
     slopes = alibi_slopes(n_heads, q.device) if scores.alibi else q
-    _attend[(n, groups)](
+    _attend[(n, groups, n_splits)](
         q,
         keys,
         values,
@@ -42,7 +49,9 @@ def attend(
         positions,
         positions.stride(0),
         slopes,
-        out,
+        parts,
+        peaks,
+        totals,
         scores.scale,
         scores.softcap,
         scores.window,
@@ -55,7 +64,15 @@ def attend(
         has_window=scores.window > 0,
         has_alibi=scores.alibi,
     )
+    _combine[(n, n_heads)](parts, peaks, totals, out, n_splits=n_splits, width=width)
     return out
+
+
+def splits(n_rows: int, capacity: int, device: torch.device) -> int:
+    """Parts that each of `n_rows` is cut into: a power of two; a tile or more, and no more than run at once."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    most = max(1, min(triton.cdiv(capacity, TILE), PROGRAMS * processors // n_rows))
+    return 1 << (most.bit_length() - 1)
 
 
 @triton.jit
@@ -68,7 +85,9 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
     positions,
     position_stride,
     slopes,
-    out,
+    parts,
+    peaks,
+    totals,
     scale,
     softcap,
     window,
@@ -81,13 +100,13 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
     has_window: tl.constexpr,
     has_alibi: tl.constexpr,
 ):
-    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, group, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + token * position_stride)
     head = tl.arange(0, rows)
     mine = head < shared
     entries = tl.arange(0, width)
-    places = (token * tl.num_programs(1) + group) * shared * width + head[:, None] * width + entries[None, :]
-    queries = tl.load(q + places, mask=mine[:, None], other=0.0)
+    row = (token * tl.num_programs(1) + group) * shared + head
+    queries = tl.load(q + row[:, None] * width + entries[None, :], mask=mine[:, None], other=0.0)
     if has_alibi:
         slope = tl.load(slopes + group * shared + head, mask=mine, other=0.0)
     highest = tl.full([rows], float("-inf"), tl.float32)
@@ -96,7 +115,9 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
     begin = 0
     if has_window:
         begin = tl.maximum(position + 1 - window, 0) // tile * tile
-    for first in range(begin, position + 1, tile):
+    part = tl.cdiv(tl.cdiv(position + 1 - begin, tile), tl.num_programs(2)) * tile
+    begin += split * part
+    for first in range(begin, tl.minimum(begin + part, position + 1), tile):
         index = first + tl.arange(0, tile)
         seen = index <= position
         if has_window:
@@ -123,4 +144,22 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
         total = total * kept + tl.sum(p, 1)
         mixed = mixed * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         highest = higher
-    tl.store(out + places, (mixed / total[:, None]).to(out.dtype.element_ty), mask=mine[:, None])
+    place = row * tl.num_programs(2) + split
+    tl.store(peaks + place, highest, mask=mine)
+    tl.store(totals + place, total, mask=mine)
+    tl.store(parts + place[:, None] * width + entries[None, :], mixed, mask=mine[:, None])
+
+
+@triton.jit
+def _combine(  # type: ignore[no-untyped-def]
+    parts, peaks, totals, out, n_splits: tl.constexpr, width: tl.constexpr
+):
+    """The weighted mean of the parts; an empty one has a peak of minus infinity, which makes its weight 0."""
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    place, entries = row * n_splits + tl.arange(0, n_splits), tl.arange(0, width)
+    peak = tl.load(peaks + place)
+    weight = tl.exp(peak - tl.max(peak, 0))
+    mixed = tl.load(parts + place[:, None] * width + entries[None, :])
+    total = tl.sum(weight * tl.load(totals + place), 0)
+    found = tl.sum(weight[:, None] * mixed, 0) / total
+    tl.store(out + row * width + entries, found.to(out.dtype.element_ty))

@@ -10,7 +10,10 @@ from torch import Tensor
 from danlu.core.errors import UserError
 from danlu.generate.engine import Completion, Engine
 from danlu.generate.graphs import GraphRunner
+from danlu.generate.kernels import POSITIONS
+from danlu.generate.paged import gathered_attention, token_attention
 from danlu.generate.sampling import Row, SamplingParams, choose, process
+from danlu.model.attention import Scores
 from danlu.model.transformer import Transformer
 from danlu.tokens.tokenizer import Tokenizer
 
@@ -42,6 +45,27 @@ def check(model: Transformer, prompt: list[int], found: Completion, tolerance: f
 def prompts() -> list[list[int]]:
     """Twelve, some of which begin alike, one of them long."""
     return [ids for ids, _ in some_requests(11, seed=5)] + [[(7 * n) % 330 for n in range(200)]]
+
+
+@pytest.mark.parametrize("n_blocks", [1, 3, 40, 500])
+@pytest.mark.parametrize("n", [1, 5, 64])
+@pytest.mark.parametrize(
+    "scores",
+    [Scores(0.2), Scores(0.2, window=100), Scores(0.2, alibi=True), Scores(0.2, window=70, softcap=5.0)],
+    ids=["plain", "window", "alibi", "window and cap"],
+)
+def test_kernel_of_attention(scores: Scores, n: int, n_blocks: int) -> None:
+    """Against PyTorch's operators, for sequences that are split among many programs and such that aren't."""
+    torch.manual_seed(0)
+    heads, groups, width, total = 6, 2, 64, n * n_blocks
+    q = torch.randn(n, heads, width, device="cuda")
+    keys = torch.randn(total, groups, width, POSITIONS, device="cuda")
+    values = torch.randn(total, groups, POSITIONS, width, device="cuda")
+    tables = torch.randperm(total, device="cuda").view(n, n_blocks)
+    positions = torch.randint(0, n_blocks * POSITIONS, (n,), device="cuda")
+    found = token_attention(q, keys, values, tables, positions, scores)
+    expected = gathered_attention(q, keys, values, tables, positions, scores)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
