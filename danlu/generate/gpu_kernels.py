@@ -1,9 +1,9 @@
 """Attention of single tokens over the cache on a GPU, in Triton, which comes with PyTorch there.
 
 Keys and values are read once, where they lie, for all heads that share them (Dao et al. 2022,
-FlashAttention, algorithm 1: a running maximum, and sums that are scaled to it). A long sequence is read by several programs,
-each a part of its positions, whose sums another kernel scales to the largest maximum and adds (Dao et al. 2023,
-Flash-Decoding): one sequence alone would keep a few of a hundred processors busy.
+FlashAttention, algorithm 1: a running maximum, and sums that are scaled to it). A long sequence is read by
+several programs, each a part of its positions, whose sums another kernel scales to the largest maximum and
+adds (Dao et al. 2023, Flash-Decoding): one sequence alone would keep a few of a hundred processors busy.
 """
 
 import torch
@@ -69,7 +69,7 @@ def attend(
 
 
 def splits(n_rows: int, capacity: int, device: torch.device) -> int:
-    """Parts that each of `n_rows` is cut into: a power of two; a tile or more, and no more than run at once."""
+    """Parts that each of `n_rows` is cut into: a power of two, of a tile at least, no more than run at once."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     most = max(1, min(triton.cdiv(capacity, TILE), PROGRAMS * processors // n_rows))
     return 1 << (most.bit_length() - 1)
