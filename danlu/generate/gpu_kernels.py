@@ -69,7 +69,7 @@ def attend(
 
 
 def splits(n_rows: int, capacity: int, device: torch.device) -> int:
-    """Parts that each of `n_rows` is cut into: a power of two, at least a tile each, no more than run at once."""
+    """Parts of each of `n_rows`: a power of two, a tile or more each, and no more than run at once."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     most = max(1, min(triton.cdiv(capacity, TILE), PROGRAMS * processors // n_rows))
     return 1 << (most.bit_length() - 1)
