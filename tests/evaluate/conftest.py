@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,3 +93,25 @@ def tokenizer(folder: Path) -> Tokenizer:
 def short_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream for each 40 tokens, so that a short text has many."""
     monkeypatch.setattr("danlu.evaluate.windows.TOKENS_PER_STREAM", 40)
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a file in a browser without a network; fails where the page complains or asks for anything."""
+    contexts, said, asked = [], [], []
+
+    def visit(path: Path, **options: Any) -> Any:
+        context = browser.new_context(offline=True, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        return page
+
+    yield visit
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    for context in contexts:
+        context.close()

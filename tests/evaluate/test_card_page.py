@@ -1,7 +1,7 @@
 """The report card and the page of differences in a real browser: filters, phone, paper, no fetching."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +30,6 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluate(EvalConfig(model=str(model), out=folder / name, **options))
     diff(DiffConfig(a=folder / "a", b=folder / "b", page=folder / "diff.html"))
     return folder
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Callable[..., Any]]:
-    contexts, said, asked = [], [], []
-
-    def visit(path: Path, **options: Any) -> Any:
-        context = browser.new_context(offline=True, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(path.as_uri())
-        return page
-
-    yield visit
-    assert said == []
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    for context in contexts:
-        context.close()
 
 
 def test_questions_can_be_filtered(visit: Callable[..., Any], evaluated: Path) -> None:
