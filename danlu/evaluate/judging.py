@@ -6,10 +6,10 @@ Questions of mathematics, reasoning and code are judged beside a reference answe
 """
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,22 +148,10 @@ def _talk(one: Asked, turn: int) -> Messages:
 def judge_of(name: str, url: str, dtype: str, max_tokens: int, temperature: float = 0.0) -> Judge:
     """A model at hand, or one behind OpenAI's API: from conversations to the next turn."""
     if url:
-        from danlu.evaluate.harness import Instance
         from danlu.evaluate.remote import ServedLM
 
-        served = ServedLM(url, name, os.environ.get("OPENAI_API_KEY", ""), chat=True)
-        how = {
-            "max_gen_toks": max_tokens,
-            "temperature": temperature,
-            "do_sample": temperature > 0,
-            "until": [],
-        }
-
-        def asks_server(prompts: Sequence[Messages]) -> list[str]:
-            texts = [json.dumps(one, ensure_ascii=False) for one in prompts]
-            return served.generate_until([Instance("generate_until", {}, (one, how), 0) for one in texts])
-
-        return asks_server
+        served = ServedLM(url, name, chat=True)
+        return partial(served.answers, max_tokens=max_tokens, temperature=temperature)
     model, tokenizer, kind = load_for_engine(name, dtype, "auto")
     engine = Engine(model, tokenizer, dtype=kind)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature)

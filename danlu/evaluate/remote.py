@@ -5,6 +5,7 @@ scored from the very token that it begins with, as on the engine at hand.
 """
 
 import json
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,7 +19,8 @@ from urllib3.util import Retry
 
 from danlu.core.errors import UserError
 from danlu.core.progress import Progress
-from danlu.evaluate.harness import TemplateLM, generation_settings
+from danlu.data.conversations import Messages
+from danlu.evaluate.harness import Instance, TemplateLM, generation_settings
 
 T = TypeVar("T")
 
@@ -31,14 +33,13 @@ SECONDS = 600.0
 
 
 class ServedLM(TemplateLM):
-    """`url`: with or without its "/v1"; `name`: the model's, there; `key`: what the server wants, or ""."""
+    """`url`: with or without its "/v1"; `name`: the model's, there. A key is read from $OPENAI_API_KEY."""
 
-    def __init__(
-        self, url: str, name: str, key: str = "", chat: bool = False, max_gen_toks: int = 256
-    ) -> None:
+    def __init__(self, url: str, name: str, chat: bool = False, max_gen_toks: int = 256) -> None:
         super().__init__()
         self.base = url.rstrip("/").removesuffix("/v1")
         self.name, self.chat, self.max_gen_toks = name, chat, max_gen_toks
+        key = os.environ.get("OPENAI_API_KEY")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._local = threading.local()
         cards = self._get("/v1/models")["data"]
@@ -171,6 +172,25 @@ class ServedLM(TemplateLM):
 
         asks = [lambda request=request: self._answer(*request.args) for request in requests]
         return self._each(asks, "answers", keep)
+
+    def answers(
+        self,
+        prompts: Sequence[str | Messages],
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """What the model says to texts, or with `chat` to conversations."""
+        settings = {
+            "max_gen_toks": max_tokens,
+            "temperature": temperature,
+            "do_sample": temperature > 0,
+            "top_p": top_p,
+            "until": list(stop),
+        }
+        texts = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in prompts]
+        return self.generate_until([Instance("generate_until", {}, (text, settings), 0) for text in texts])
 
     def _answer(self, context: str, settings: dict[str, Any]) -> str:
         wanted = generation_settings(settings, self.max_gen_toks)

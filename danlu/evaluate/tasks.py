@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -265,7 +264,7 @@ def model_of(config: EvalConfig) -> Any:
         return EngineLM(Engine(model, tokenizer, dtype=kind))
     from danlu.evaluate.remote import ServedLM
 
-    return ServedLM(config.url, str(config.model), os.environ.get("OPENAI_API_KEY", ""), config.chat)
+    return ServedLM(config.url, str(config.model), config.chat)
 
 
 def _cache(config: EvalConfig) -> Path:

@@ -237,25 +237,17 @@ def _engine(config: CodeConfig, temperature: float) -> Ask:
 
 
 def _server(config: CodeConfig, temperature: float) -> Ask:
-    from danlu.evaluate.harness import Instance
     from danlu.evaluate.remote import ServedLM
 
-    served = ServedLM(config.url, config.model, os.environ.get("OPENAI_API_KEY", ""), config.chat)
+    served = ServedLM(config.url, config.model, config.chat)
 
     def ask(prompts: Sequence[Any], asked: Asked, found: Found) -> None:
-        requests = []
-        for prompt, (problem, _) in zip(prompts, asked, strict=True):
-            how = {
-                "max_gen_toks": config.max_tokens,
-                "temperature": temperature,
-                "do_sample": temperature > 0,
-                "top_p": config.top_p,
-                "until": list(STOPS) if problem.language == "python" and not config.chat else [],
-            }
-            text = json.dumps(prompt, ensure_ascii=False) if config.chat else prompt
-            requests.append(Instance("generate_until", {}, (text, how), 0))
-        for begin in track(range(0, len(requests), AT_ONCE), "samples", unit=f"times {AT_ONCE} requests"):
-            for place, said in enumerate(served.generate_until(requests[begin : begin + AT_ONCE]), begin):
+        python = all(problem.language == "python" for problem, _ in asked)
+        stop = STOPS if python and not config.chat else ()
+        for begin in track(range(0, len(prompts), AT_ONCE), "samples", unit=f"times {AT_ONCE} requests"):
+            some = prompts[begin : begin + AT_ONCE]
+            answers = served.answers(some, config.max_tokens, temperature, config.top_p, stop)
+            for place, said in enumerate(answers, begin):
                 found(place, said)
 
     return ask
