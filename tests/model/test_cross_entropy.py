@@ -10,7 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from danlu.model import cross_entropy
 from danlu.model.config import ModelConfig
-from danlu.model.cross_entropy import linear_cross_entropy, log_probabilities
+from danlu.model.cross_entropy import (
+    linear_cross_entropy,
+    linear_log_probs,
+    log_probabilities,
+    log_probs_and_entropies,
+)
 from danlu.model.transformer import Transformer
 
 
@@ -62,6 +67,28 @@ def test_tokens_that_do_not_count_cost_next_to_nothing(monkeypatch: pytest.Monke
         assert counter.get_total_flops() == rows * 3 * 2 * 16 * 37
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_each_token_s_log_probability(
+    softcap: float, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against autograd's own way, in losses that are no weighted sum of them."""
+    monkeypatch.setitem(cross_entropy.CHUNK, "cpu", 64 * 37)
+    hidden, head, targets, _ = inputs(150, 16, 37)
+    bias = torch.randn(37, dtype=torch.float64).requires_grad_() if has_bias else None
+    z = F.linear(hidden, head, bias)
+    z = softcap * (z / softcap).tanh() if softcap else z
+    want = torch.distributions.Categorical(logits=z)
+    got, entropies = linear_log_probs(hidden, head, targets, bias, softcap, entropy=True)
+    torch.testing.assert_close(got, want.log_prob(targets))
+    torch.testing.assert_close(entropies, want.entropy())
+    inner = [hidden, head] + ([] if bias is None else [bias])
+    losses = [
+        (F.logsigmoid(one[:75] - one[75:]) * one[75:].exp()).sum() for one in (got, want.log_prob(targets))
+    ]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, inner) for loss in losses))
+
+
 def test_gradient_by_finite_differences() -> None:
     hidden, head, targets, weights = inputs(6, 3, 5)
     assert torch.autograd.gradcheck(
@@ -110,3 +137,5 @@ def test_log_probabilities() -> None:
     batch = SimpleNamespace(ids=ids, targets=targets, positions=None, segments=None)
     want = model(ids).log_softmax(-1).gather(2, targets[..., None])[..., 0]
     torch.testing.assert_close(log_probabilities(model, batch), want)
+    entropies = torch.distributions.Categorical(logits=model(ids)).entropy()
+    torch.testing.assert_close(log_probs_and_entropies(model, batch)[1], entropies)

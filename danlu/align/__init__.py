@@ -1,0 +1,1 @@
+"""Alignment: from preferences and rewards to a model that behaves."""
