@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from typing import Any
 
+from danlu.core.errors import UserError
 from danlu.core.progress import track
 from danlu.data.config import CheckConfig
 from danlu.data.conversations import has_reply, require_reply
@@ -22,6 +23,12 @@ def check(config: CheckConfig) -> dict[str, Any]:
             counts["characters"] += len(document.text)
             counts["copies"] += seen.add(document) is not None
             shortest, longest = min(shortest, len(document.text)), max(longest, len(document.text))
+            if document.fault is not None:
+                raise UserError(f"{document.where}: {document.fault}", "mend or remove the row")
+            if document.replies is not None:
+                counts["preferences"] += 1
+                counts["replies"] += len(document.replies)
+                continue
             if config.chat:
                 require_reply(document.messages or [], document.where)
             if document.messages is not None:

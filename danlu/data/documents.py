@@ -16,6 +16,7 @@ import zstandard
 from danlu.core.errors import UserError
 from danlu.core.files import atomic_write, os_errors
 from danlu.data.conversations import plain_text, to_messages
+from danlu.data.rankings import Ranked, is_ranked, to_ranked
 
 TEXT, LINES, TABLE = {".txt", ".md", ".text"}, {".jsonl", ".ndjson"}, {".parquet"}
 PIECE = 1 << 16
@@ -32,6 +33,10 @@ class Document:
     meta: dict[str, Any] = field(default_factory=dict)
     where: str = ""
     """File and line that it was read from, for messages."""
+    replies: list[str] | None = None
+    """Of a preference: what may follow the messages, the best first."""
+    fault: str | None = None
+    """Of a preference: why nothing can be learnt from it."""
 
 
 def read_documents(path: Path, text_key: str = "text") -> Iterator[Document]:
@@ -58,10 +63,26 @@ def _read_file(path: Path, name: str, text_key: str) -> Iterator[Document]:
             yield Document(f"{name}:{number}", piece, where=f"{path}, piece {number}")
     elif kind in LINES:
         for number, row in read_rows(path):
-            yield to_document(row, f"{name}:{number}", f"{path}, line {number}", text_key)
+            yield from to_documents(row, f"{name}:{number}", f"{path}, line {number}", text_key)
     else:
         for number, row in _read_table(path):
-            yield to_document(row, f"{name}:{number}", f"{path}, row {number}", text_key)
+            yield from to_documents(row, f"{name}:{number}", f"{path}, row {number}", text_key)
+
+
+def to_documents(row: Any, identifier: str, where: str, text_key: str = "text") -> list[Document]:
+    """As `to_document`; a tree of conversations is several, or none."""
+    if not (isinstance(row, dict) and is_ranked(row)):
+        return [to_document(row, identifier, where, text_key)]
+    found = to_ranked(row, where)
+    identifier = str(row.get("id", identifier))
+    names = [identifier] if len(found) == 1 else [f"{identifier}.{number}" for number in range(len(found))]
+    return [_preference(ranked, name, where) for ranked, name in zip(found, names, strict=True)]
+
+
+def _preference(ranked: Ranked, identifier: str, where: str) -> Document:
+    replies = "".join(f"B: {reply}\n" for reply in ranked.replies)
+    text = plain_text(ranked.prompt) + replies
+    return Document(identifier, text, ranked.prompt, where=where, replies=ranked.replies, fault=ranked.fault)
 
 
 def to_document(row: Any, identifier: str, where: str, text_key: str = "text") -> Document:
@@ -181,6 +202,8 @@ def write_documents(documents: Iterable[Document], path: Path) -> int:
 
 
 def as_row(document: Document) -> dict[str, Any]:
+    if document.replies is not None:
+        return {"id": document.id, "prompt": document.messages, "replies": document.replies}
     row: dict[str, Any] = {"id": document.id, "text": document.text}
     if document.messages is not None:
         row["messages"] = document.messages

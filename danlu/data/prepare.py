@@ -30,8 +30,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 def prepare(config: DataConfig) -> dict[str, Any]:
     """Writes train, held_out and dropped (`.jsonl.zst`) and stats.json; returns the statistics.
 
-    Each document is normalised; empty ones and exact copies are dropped, each with its reason and twin.
-    A document is held out by a hash of its text and the seed, whatever the order of the documents.
+    Each document is normalised; empty ones and exact copies are dropped, each with its reason and twin, and
+    so are preferences from which nothing can be learnt.
+    A document is held out by a hash of its text and the seed, whatever the order of the documents; a
+    preference by where its prompt begins, so that a prompt, or a tree, is not in both parts.
     Raises UserError for a conversation in which no assistant says anything.
     """
     out = make_folder(config.out)
@@ -44,18 +46,23 @@ def prepare(config: DataConfig) -> dict[str, Any]:
         seen = stack.enter_context(Seen(out))
         for document in track(_read(config), "data", unit="documents"):
             counts["read"] += 1
-            if document.messages is not None:
+            if document.messages is not None and document.replies is None:
                 require_reply(document.messages, document.where)
             document.text = normalise(document.text)
-            reason, twin = ("empty", None) if not document.text.strip() else ("copy", seen.add(document))
-            if reason == "empty" or twin is not None:
+            reason, twin = document.fault, None
+            if reason is None and not document.text.strip():
+                reason = "empty"
+            elif reason is None and (twin := seen.add(document)) is not None:
+                reason = "copy"
+            if reason is not None:
                 counts[f"dropped: {reason}"] += 1
                 write["dropped"]({"id": document.id, "reason": reason, "twin": twin})
                 continue
-            part = "held_out" if _share(document.text, config.seed) < config.held_out else "train"
+            part = "held_out" if _share(_source(document), config.seed) < config.held_out else "train"
             counts[part] += 1
             counts[f"{part} bytes"] += len(document.text.encode())
-            counts[f"{part} conversations"] += document.messages is not None
+            counts[f"{part} preferences"] += document.replies is not None
+            counts[f"{part} conversations"] += document.messages is not None and document.replies is None
             write[part](as_row(document))
         for part in PARTS:
             if not counts[part]:
@@ -85,6 +92,12 @@ def normalise(text: str) -> str:
 def digest(text: str) -> bytes:
     """What makes two texts the same document: all of it, to the byte."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _source(document: Document) -> str:
+    if document.replies is not None and document.messages:
+        return document.messages[0]["content"]
+    return document.text
 
 
 def _share(text: str, seed: int) -> float:

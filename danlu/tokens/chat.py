@@ -93,6 +93,14 @@ def render(messages: Messages, tokenizer: Tokenizer, longest_reply: int = 0) -> 
     return out
 
 
+def render_reply(prompt: Messages, reply: str, tokenizer: Tokenizer) -> Rendered:
+    """As `render`, but of all that the assistant says only `reply` is learnt, which answers the prompt."""
+    rendered = render([*prompt, {"role": "assistant", "content": reply}], tokenizer)
+    n_prompt = len(render_prompt(prompt, tokenizer))
+    rendered.mask[:n_prompt] = [False] * n_prompt
+    return rendered
+
+
 def render_prompt(messages: Messages, tokenizer: Tokenizer, tools: Tools = None) -> list[int]:
     """Ids up to where the assistant's next turn begins: what serving hands to the model.
 

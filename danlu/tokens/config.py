@@ -16,12 +16,14 @@ class TokenizerConfig(StageConfig):
 
 
 class TokenizeConfig(StageConfig):
-    """`danlu tokenize`: documents to token shards, for pretraining (text) or fine-tuning (chat)."""
+    """`danlu tokenize`: documents to token shards, for pretraining, fine-tuning or preferences."""
 
     data: InputPath = Field(description="output folder of `danlu data prepare`")
     tokenizer: InputPath = Field(description="folder with a tokenizer: a `tokenizer train` stage or a model")
-    kind: Literal["text", "chat"] = Field(
-        "text", description="text: every token is learnt; chat: the assistant's replies only"
+    kind: Literal["text", "chat", "preferences"] = Field(
+        "text",
+        description="text: every token is learnt; chat: the assistant's replies only; preferences: the "
+        "replies that are compared, with their prompt before each",
     )
     longest: int = Field(
         0, ge=0, description="chat: cut longer conversations before a user's turn, in tokens; 0 = never"

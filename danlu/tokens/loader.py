@@ -3,7 +3,8 @@
 A document of n tokens is n - 1 pairs (input, target). Text fills sequences as a stream: a document that is
 cut at a sequence's end goes on in the next one as a segment of its own, and no pair is lost. Conversations
 are packed whole, best fit; one that is longer than a sequence is truncated, and left out where nothing to
-learn is left of it; both are counted.
+learn is left of it; both are counted. The replies of a preference are packed together, each behind its
+prompt; those that don't fit in a sequence are left out.
 """
 
 from bisect import bisect_left, insort
@@ -32,7 +33,7 @@ class Batch:
     positions: Tensor
     """int64, from 0 in each segment"""
     segments: Tensor
-    """int32, one number a segment; -1 = padding"""
+    """int32, one number a segment, -1 = padding; of preferences RANKS · number of the prompt + rank"""
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
@@ -52,8 +53,10 @@ class Batch:
         return int((self.weights > 0).sum())
 
 
-Piece = tuple[int, int, int]
-"""(document, first pair, pairs)."""
+Piece = tuple[int, int, int, int]
+"""(document, first pair, pairs, segment)."""
+RANKS = 64
+"""Most replies to one prompt; see `Batch.segments`."""
 
 
 class PackedLoader:
@@ -86,11 +89,11 @@ class PackedLoader:
     def plan(self) -> "_Plan":
         """The rows of this pass."""
         if self._plan is None:
-            order = np.arange(len(self.shards))
+            preferences = self.shards.kind == "preferences"
+            order = np.arange(len(self.shards.groups) - 1 if preferences else len(self.shards))
             if self.shuffle:
                 order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
-            kind = _StreamPlan if self.shards.kind == "text" else _WholePlan
-            self._plan = kind(self.shards, order, self.sequence_length)
+            self._plan = PLANS[self.shards.kind](self.shards, order, self.sequence_length)
         return self._plan
 
     def __next__(self) -> Batch:
@@ -164,17 +167,44 @@ class _StreamPlan(_Plan):
             stop = min(int(self.starts[index + 1]), end)
             if stop > position:
                 first = position - int(self.starts[index])
-                pieces.append((int(self.order[index]), first, stop - position))
+                pieces.append((int(self.order[index]), first, stop - position, len(pieces)))
             position, index = max(stop, position), index + 1
         return pieces
 
 
-class _WholePlan(_Plan):
-    """Each document goes into the fullest row that still has room for it."""
+class _FitPlan(_Plan):
+    """What is added goes into the fullest row that still has room for it."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.rows: list[list[Piece]] = []
+        self.room: list[tuple[int, int]] = []  # (pairs left, row), sorted
+
+    def add(self, pairs: int) -> list[Piece]:
+        """The row with room for so many pairs."""
+        slot = bisect_left(self.room, (pairs, -1))
+        if slot < len(self.room):
+            left, row = self.room.pop(slot)
+        else:
+            left, row = self.length, len(self.rows)
+            self.rows.append([])
+        if left > pairs:
+            insort(self.room, (left - pairs, row))
+        return self.rows[row]
+
+    @property
+    def n_rows(self) -> int:  # type: ignore[override]
+        return len(self.rows)
+
+    def row(self, number: int) -> list[Piece]:
+        return self.rows[number] if number < self.n_rows else []
+
+
+class _WholePlan(_FitPlan):
+    """Conversations."""
 
     def __init__(self, shards: Shards, order: np.ndarray, length: int) -> None:
-        self.rows: list[list[Piece]] = []
-        room: list[tuple[int, int]] = []  # (pairs left, row), sorted
+        super().__init__(length)
         lengths = np.diff(shards.offsets)
         for document in order.tolist():
             pairs = int(lengths[document]) - 1
@@ -186,19 +216,34 @@ class _WholePlan(_Plan):
                 self.truncated += 1
             if pairs <= 0:
                 continue
-            slot = bisect_left(room, (pairs, -1))
-            if slot < len(room):
-                left, row = room.pop(slot)
-            else:
-                left, row = length, len(self.rows)
-                self.rows.append([])
-            self.rows[row].append((document, 0, pairs))
-            if left > pairs:
-                insort(room, (left - pairs, row))
-        self.n_rows = len(self.rows)
+            row = self.add(pairs)
+            row.append((document, 0, pairs, len(row)))
 
-    def row(self, number: int) -> list[Piece]:
-        return self.rows[number] if number < self.n_rows else []
+
+class _GroupPlan(_FitPlan):
+    """Preferences: the replies to one prompt stand in one row."""
+
+    def __init__(self, shards: Shards, order: np.ndarray, length: int) -> None:
+        super().__init__(length)
+        pairs = np.diff(shards.offsets) - 1
+        for group in order.tolist():
+            documents = range(int(shards.groups[group]), int(shards.groups[group + 1]))
+            total = int(pairs[documents.start : documents.stop].sum())
+            if total > length:
+                self.left_out += 1
+                continue
+            row = self.add(total)
+            first = RANKS * (row[-1][3] // RANKS + 1) if row else 0
+            row += [
+                (document, 0, int(pairs[document]), first + rank) for rank, document in enumerate(documents)
+            ]
+
+
+PLANS: dict[str, type[_StreamPlan] | type[_WholePlan] | type[_GroupPlan]] = {
+    "text": _StreamPlan,
+    "chat": _WholePlan,
+    "preferences": _GroupPlan,
+}
 
 
 def _assemble(shards: Shards, rows: list[list[Piece]], length: int) -> Batch:
@@ -207,7 +252,7 @@ def _assemble(shards: Shards, rows: list[list[Piece]], length: int) -> Batch:
     weights, segments = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
     for r, pieces in enumerate(rows):
         at = 0
-        for segment, (document, first, pairs) in enumerate(pieces):
+        for document, first, pairs, segment in pieces:
             tokens, mask = shards[document]
             here = slice(at, at + pairs)
             ids[r, here] = tokens[first : first + pairs]

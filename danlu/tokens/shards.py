@@ -12,13 +12,15 @@ from danlu.core.files import os_errors, read_text
 
 
 class ShardWriter:
-    """Writes tokens.bin, offsets.bin, mask.bin (chat only) and meta.json into an existing folder.
+    """Writes tokens.bin, offsets.bin, mask.bin (not of text) and meta.json into an existing folder.
+
+    Of preferences groups.bin too: how many documents, replies to one prompt, the best first, belong together.
 
     Use inside `core.files.atomic_folder`, so that a shard is whole or absent.
     """
 
     def __init__(self, folder: Path, kind: str, vocab_size: int, tokenizer: str) -> None:
-        """`kind`: text or chat. `tokenizer`: its fingerprint."""
+        """`kind`: text, chat or preferences. `tokenizer`: its fingerprint."""
         self.folder, self.kind = folder, kind
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
         self.meta: dict[str, Any] = {
@@ -29,7 +31,8 @@ class ShardWriter:
         with os_errors(folder):
             self.tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115
             self.offsets = open(folder / "offsets.bin", "wb")  # noqa: SIM115
-            self.mask = open(folder / "mask.bin", "wb") if kind == "chat" else None  # noqa: SIM115
+            self.mask = open(folder / "mask.bin", "wb") if kind != "text" else None  # noqa: SIM115
+        self.groups: list[int] = []
         self.offsets.write(np.int64(0).tobytes())
 
     def add(self, ids: list[int], mask: list[bool] | None = None, text_bytes: int = 0) -> None:
@@ -49,7 +52,15 @@ class ShardWriter:
         else:
             self.meta["supervised"] += len(ids) - 1
 
+    def add_group(self, n_documents: int) -> None:
+        """The last documents belong together."""
+        self.groups.append(n_documents)
+        self.hash.update(b"group" + n_documents.to_bytes(8, "little"))
+
     def close(self) -> None:
+        if self.kind == "preferences":
+            with os_errors(self.folder):
+                np.array(self.groups, np.int64).tofile(self.folder / "groups.bin")
         for file in (self.tokens, self.offsets, self.mask):
             if file is not None:
                 file.close()
@@ -74,7 +85,17 @@ class Shards:
             raise UserError(
                 f"{self.folder}: damaged: sizes don't match meta.json", "run `danlu tokenize` again"
             )
-        self.mask = np.memmap(self.folder / "mask.bin", np.uint8, mode="r") if self.kind == "chat" else None
+        self.mask = np.memmap(self.folder / "mask.bin", np.uint8, mode="r") if self.kind != "text" else None
+        self.groups = np.zeros(1, np.int64)
+        """Where each group begins, and where the last one ends."""
+        if self.kind == "preferences":
+            sizes = np.fromfile(self.folder / "groups.bin", np.int64)
+            self.groups = np.concatenate(([0], np.cumsum(sizes)))
+            if self.groups[-1] != self.meta["documents"]:
+                raise UserError(
+                    f"{self.folder}: damaged: groups.bin doesn't match meta.json",
+                    "run `danlu tokenize` again",
+                )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -14,9 +14,10 @@ from danlu.data.conversations import Messages, has_reply, require_reply
 from danlu.data.documents import Document, read_documents
 from danlu.data.prepare import PARTS
 from danlu.tokens.bpe import corpus_bytes
-from danlu.tokens.chat import render
+from danlu.tokens.chat import render, render_reply
 from danlu.tokens.config import TokenizeConfig
 from danlu.tokens.load import load_tokenizer
+from danlu.tokens.loader import RANKS
 from danlu.tokens.shards import Shards, ShardWriter
 from danlu.tokens.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
         documents = read_documents(config.data / f"{part}.jsonl.zst")
         with atomic_folder(Path(config.out) / part) as folder:
             writer = ShardWriter(folder, config.kind, tokenizer.vocab_size, tokenizer.fingerprint())
-            add = _add_texts if config.kind == "text" else _add_conversations
+            add = ADDERS[config.kind]
             for group in track(_groups(documents), f"tokenize {part}", unit="groups"):
                 add(group, tokenizer, writer, counts, config)
             writer.close()
@@ -94,6 +95,31 @@ def _add_conversations(
                 writer.add(rendered.ids, rendered.mask, sum(len(m["content"].encode()) for m in messages))
             else:
                 counts["only long replies"] += 1
+
+
+def _add_preferences(
+    group: list[Document],
+    tokenizer: Tokenizer,
+    writer: ShardWriter,
+    counts: Counter[str],
+    config: TokenizeConfig,
+) -> None:
+    for document in group:
+        if document.replies is None or document.messages is None:
+            counts["not a preference"] += 1
+            continue
+        if len(document.replies) > RANKS:
+            raise UserError(
+                f"{document.where}: {len(document.replies)} replies to one prompt, more than {RANKS}",
+                "keep fewer",
+            )
+        for reply in document.replies:
+            rendered = render_reply(document.messages, reply, tokenizer)
+            writer.add(rendered.ids, rendered.mask, len(reply.encode()))
+        writer.add_group(len(document.replies))
+
+
+ADDERS = {"text": _add_texts, "chat": _add_conversations, "preferences": _add_preferences}
 
 
 def cut(messages: Messages, tokenizer: Tokenizer, longest: int) -> list[Messages]:

@@ -16,7 +16,7 @@ from danlu.core.errors import UserError
 from danlu.core.files import atomic_folder
 from danlu.model.config import ModelConfig
 from danlu.model.transformer import Transformer
-from danlu.tokens.loader import Batch, PackedLoader, held_out_batches
+from danlu.tokens.loader import RANKS, Batch, PackedLoader, held_out_batches
 from danlu.tokens.shards import Shards, ShardWriter
 
 Document = tuple[list[int], list[bool]]
@@ -207,3 +207,39 @@ def test_held_out_batches_keep_the_order(tmp_path: Path) -> None:
     batches = list(held_out_batches(shards, 2, 16))
     ids = [i for b in batches for i in b.ids[b.segments >= 0].tolist()]
     assert ids == [i for d, _ in documents for i in d[:-1]]
+
+
+@pytest.mark.parametrize("length", [40, 64])
+def test_replies_to_one_prompt_stand_in_one_row(tmp_path: Path, length: int) -> None:
+    """Every group that fits is there once, whole, its replies in their order; the others are counted."""
+    chance = np.random.default_rng(length)
+    groups = [random_documents(int(chance.integers(2, 5)), 20, seed=n) for n in range(50)]
+    with atomic_folder(tmp_path / "shards") as temporary:
+        writer = ShardWriter(temporary, "preferences", 300, "t")
+        for group in groups:
+            for ids, mask in group:
+                writer.add(ids, mask, len(ids))
+            writer.add_group(len(group))
+        writer.close()
+    loader = PackedLoader(Shards(tmp_path / "shards"), 4, length)
+    n_left_out = loader.plan.left_out
+    found = []
+    for batch in one_pass(loader):
+        for row in range(4):
+            segments = batch.segments[row]
+            there = torch.unique_consecutive(segments[segments >= 0]).tolist()
+            assert there == sorted(set(there))
+            by_group: dict[int, list[Any]] = {}
+            for segment in there:
+                here = segments == segment
+                assert batch.positions[row, here].tolist() == list(range(int(here.sum())))
+                ids = [*batch.ids[row, here].tolist(), int(batch.targets[row, here][-1])]
+                mask = (batch.weights[row, here] > 0).tolist()
+                replies = by_group.setdefault(segment // RANKS, [])
+                assert segment % RANKS == len(replies)
+                replies.append((ids, mask))
+            assert list(by_group) == list(range(len(by_group)))
+            found += by_group.values()
+    fitting = [group for group in groups if sum(len(ids) - 1 for ids, _ in group) <= length]
+    assert sorted(found) == sorted([(ids, mask[1:]) for ids, mask in group] for group in fitting)
+    assert n_left_out == len(groups) - len(fitting) > 0

@@ -1,6 +1,7 @@
 """From documents to shards: nothing lost, what is left out is counted, what is cut is cut before a turn."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from danlu.data.config import DataConfig
 from danlu.data.documents import Document, read_documents, write_documents
 from danlu.data.prepare import prepare
 from danlu.tokens.bpe import train_tokenizer
-from danlu.tokens.chat import render
+from danlu.tokens.chat import render, render_prompt
 from danlu.tokens.config import InspectConfig, TokenizeConfig, TokenizerConfig
 from danlu.tokens.inspect import inspect, show
 from danlu.tokens.load import load_tokenizer
@@ -98,6 +99,38 @@ def test_a_conversation_without_reply_is_refused_with_its_line(
     with pytest.raises(UserError, match=r"train\.jsonl\.zst, line 2: no assistant turn"):
         tokenize(settings)
     assert not (tmp_path / "out" / "train").exists()
+
+
+def test_of_a_preference_only_the_replies_are_learnt(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Not what the assistant said before; each reply behind the ids that serving would prompt with."""
+    prompt = [*talk(3, 4), {"role": "user", "content": "is the gold hot"}]
+    rows = [{"prompt": prompt, "replies": [f"it is {n}", "the furnace", "night falls"]} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(map(json.dumps, [*rows, *(talk_row(n) for n in range(30))]))
+    )
+    prepare(DataConfig(source=str(tmp_path / "rows.jsonl"), held_out=0.3, seed=4, out=tmp_path / "data"))
+    tokenize(
+        TokenizeConfig(data=tmp_path / "data", tokenizer=folders[1], kind="preferences", out=tmp_path / "tok")
+    )
+    tokenizer = load_tokenizer(folders[1])
+    before = render_prompt(prompt, tokenizer)
+    n_replies = 0
+    for part in ("train", "held_out"):
+        shards = Shards(tmp_path / "tok" / part)
+        for begin, end in pairwise(shards.groups.tolist()):
+            for number in range(begin, end):
+                ids, mask = shards[number]
+                n_replies += 1
+                if end - begin == 3:
+                    assert ids[: len(before)].tolist() == before
+                    learnt = tokenizer.decode(ids[mask > 0].tolist())
+                    assert learnt.startswith(("it is ", "the furnace", "night falls")[number - begin])
+                    assert not mask[: len(before)].any()
+    assert n_replies == 30 * 3 + 30 * 2
+
+
+def talk_row(number: int) -> dict[str, Any]:
+    return {"prompt": f"question {number}", "chosen": "yes", "rejected": "no"}
 
 
 def test_inspect_shows_the_example_as_it_is_trained_on(
