@@ -109,6 +109,8 @@ class Engine:
         """
         self.model, self.tokenizer, self.deterministic = model, tokenizer, deterministic
         self._kind, self._helpers, self.adapters = dtype, helpers, list(adapters)
+        if model.score is not None:
+            raise UserError("this model gives rewards, and no words", "name a language model")
         self._check_adapters()
         self._cache_bytes, self._step_tokens = cache_bytes, step_tokens
         self._scheduler: Scheduler | None = None

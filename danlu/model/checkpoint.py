@@ -44,6 +44,11 @@ def save_model(
     tensors = hf_tensors(model.config, state)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     special = _special_ids(tokenizer)
+    if model.config.scores and tokenizer is not None:
+        # transformers reads the score of the last token that isn't padding: never of one that ends a reply.
+        ends = {*tokenizer.stop_ids, tokenizer.eos_id}
+        others = [number for number in tokenizer.special_ids.values() if number not in ends]
+        special["pad_token_id"] = min(others, default=None)
     with atomic_folder(Path(folder)) as out:
         weights.write_shards(tensors, out)
         _write_json(out / "config.json", {**families.to_hf(model.config), **special, "dtype": dtype})

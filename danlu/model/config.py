@@ -103,6 +103,12 @@ class ModelConfig(Config):
     head_bias: bool = Field(False, description="bias of the output matrix")
     logit_softcap: float = Field(0.0, ge=0, description="c: logits become c tanh(logit / c); 0 = none")
 
+    scores: int = Field(
+        0,
+        ge=0,
+        description="numbers that a head gives for each token, such as a reward, instead of logits",
+    )
+
     family: str = Field(
         "llama", description="Hugging Face family that it is saved as, where that can express it"
     )
@@ -121,6 +127,8 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
+        if self.scores and not self.tied_embeddings:
+            raise ValueError("a model with scores has no output matrix: set tied_embeddings true")
         if not self.head_width:
             if self.width % self.n_heads:
                 raise ValueError(f"width {self.width} is not a multiple of n_heads {self.n_heads}")

@@ -16,7 +16,8 @@ def parameters(config: ModelConfig) -> int:
     matrices += sum(_ffn_parameters(config, layer, config.n_experts) for layer in range(config.n_layers))
     own_head = 0 if config.tied_embeddings else config.vocab_size * (config.embedding_width or config.width)
     projections = 2 * config.embedding_width * config.width
-    return matrices + embedding_parameters(config) + own_head + projections + _vectors(config)
+    scores = config.scores * config.width
+    return matrices + embedding_parameters(config) + own_head + projections + scores + _vectors(config)
 
 
 def active_parameters(config: ModelConfig) -> int:

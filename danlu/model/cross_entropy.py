@@ -188,17 +188,27 @@ def _chunk_size(head_weight: Tensor) -> int:
     return max(CHUNK[head_weight.device.type] // len(head_weight), 64)
 
 
-def log_probabilities(model: "Transformer", batch: "Batch") -> Tensor:
-    """log p(target | tokens before it) of every position of a batch: (B, T) float32."""
-    return log_probs_and_entropies(model, batch, entropy=False)[0]
+def log_probabilities(model: "Transformer", batch: "Batch", counted: bool = False) -> Tensor:
+    """log p(target | tokens before it) of every position of a batch: (B, T) float32.
+
+    `counted`: only where a target counts, which saves the logits of the others; 0 there.
+    """
+    return log_probs_and_entropies(model, batch, counted, entropy=False)[0]
 
 
 def log_probs_and_entropies(
-    model: "Transformer", batch: "Batch", entropy: bool = True
+    model: "Transformer", batch: "Batch", counted: bool = False, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
     """As `linear_log_probs`: both (B, T). The one place that runs a forward pass for log-probabilities."""
     hidden = model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)
-    head, cap = model.head_weight, model.config.logit_softcap
-    found = linear_log_probs(hidden, head, batch.targets.flatten(), model.head_bias, cap, entropy)
-    log_probs, entropies = (part.view(batch.targets.shape) for part in found)
+    targets, head, cap = batch.targets.flatten(), model.head_weight, model.config.logit_softcap
+    rows = (
+        batch.weights.flatten().nonzero()[:, 0]
+        if counted
+        else torch.arange(len(targets), device=targets.device)
+    )
+    found = linear_log_probs(hidden[rows], head, targets[rows], model.head_bias, cap, entropy)
+    log_probs, entropies = (
+        part.new_zeros(len(targets)).index_copy(0, rows, part).view(batch.targets.shape) for part in found
+    )
     return log_probs, entropies

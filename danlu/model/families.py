@@ -44,6 +44,14 @@ class Family:
     ignored: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))
     """Ends of the names of tensors that are no weights."""
 
+    @property
+    def classifier(self) -> str:
+        """The architecture with scores in place of the output matrix."""
+        return self.architecture.replace("ForCausalLM", _SCORED).replace("LMHeadModel", _SCORED)
+
+
+_SCORED = "ForSequenceClassification"
+
 
 # Rules
 
@@ -442,7 +450,7 @@ def find(hf: HF, where: str = "config.json") -> Family:
     """The family of a config.json. Raises UserError naming those that danlu knows."""
     architecture = (hf.get("architectures") or [None])[0]
     for family in FAMILIES:
-        if architecture == family.architecture or (
+        if architecture in (family.architecture, family.classifier) or (
             architecture is None and hf.get("model_type") == family.model_type
         ):
             return family
@@ -469,6 +477,8 @@ def _read(family: Family, hf: HF) -> ModelConfig:
     fields: dict[str, Any] = {"family": family.model_type}
     for rule in family.rules:
         fields |= rule.read(hf)
+    if (hf.get("architectures") or [None])[0] == family.classifier:
+        fields |= {"scores": len(hf.get("id2label") or range(2)), "tied_embeddings": True}
     return ModelConfig(**fields)
 
 
@@ -489,6 +499,11 @@ def _express(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     own = [family for family in FAMILIES if family.model_type == config.family]
     for family in (*own, *FAMILIES):
         hf: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+        if config.scores:
+            labels = [f"LABEL_{number}" for number in range(config.scores)]
+            hf["architectures"] = [family.classifier]
+            hf["id2label"] = {str(number): label for number, label in enumerate(labels)}
+            hf["label2id"] = {label: number for number, label in enumerate(labels)}
         for rule in family.rules:
             hf |= rule.write(config)
         try:

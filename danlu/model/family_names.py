@@ -13,6 +13,10 @@ class Names:
     layout: str = "stacked"
 
 
+SCORE = Names(("score",), "score")
+"""Of a model with scores: the same in all families."""
+
+
 def names(table: Mapping[str, str], layout: str = "stacked") -> tuple[Names, ...]:
     """Rows of {ours: theirs}; several of ours are separated by spaces."""
     return tuple(Names(tuple(ours.split()), theirs, layout) for ours, theirs in table.items())

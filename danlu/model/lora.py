@@ -5,6 +5,8 @@ Hu et al. 2022 (LoRA, equation 3; s = Î± / r); Kalajdzievski 2023 (rsLoRA; s = Î
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -141,6 +143,19 @@ def use_adapter(model: Transformer, name: str | None) -> None:
         raise UserError(f'no adapter is called "{name}"', f"there are {', '.join(sorted(known)) or 'none'}")
     for layer in layers.values():
         layer.active = name if name is not None and name in layer.adapters else None
+
+
+@contextmanager
+def without_adapter(model: Transformer) -> Iterator[None]:
+    """The model as it was, within the block."""
+    active = {layer: layer.active for layer in adapted_layers(model).values()}
+    for layer in active:
+        layer.active = None
+    try:
+        yield
+    finally:
+        for layer, name in active.items():
+            layer.active = name
 
 
 @torch.no_grad()

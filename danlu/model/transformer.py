@@ -141,6 +141,7 @@ class Transformer(nn.Module):
         head_width = config.embedding_width or config.width
         tied = config.tied_embeddings
         self.head = None if tied else Linear(head_width, config.vocab_size, config.head_bias)
+        self.score = Linear(config.width, config.scores) if config.scores else None
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -174,6 +175,16 @@ class Transformer(nn.Module):
         sees its own segment only, default one a row. Raises UserError beyond `max_positions`.
         """
         return self.logits(self.hidden(ids, positions, segments, cache))
+
+    def give_scores(self, n: int = 1) -> None:
+        """Puts a head with `n` scores in the place of the output matrix.
+
+        Its numbers are from Normal(0, 1 / √(width + 1)) (Stiennon et al. 2020, appendix B.1).
+        """
+        changes = {"scores": n, "tied_embeddings": True, "head_bias": False}
+        self.config, self.head = self.config.model_copy(update=changes), None
+        self.score = Linear(self.config.width, n).to(self.embedding.weight.device)
+        nn.init.normal_(self.score.weight, std=(self.config.width + 1) ** -0.5)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, V) of what `hidden` returns."""

@@ -22,6 +22,7 @@ from danlu.core.files import read_json
 from danlu.core.host import memory_bytes
 from danlu.model.config import ModelConfig
 from danlu.model.families import Family
+from danlu.model.family_names import SCORE
 from danlu.model.layouts import ByHead, Interleaved, Layout, PlusOne, Stacked, Together
 from danlu.model.transformer import Transformer
 
@@ -47,7 +48,7 @@ class Entry:
 def entries(family: Family, config: ModelConfig, ours: Mapping[str, Tensor]) -> list[Entry]:
     """The table's rows for a model with the tensors `ours`, each of which is in one entry."""
     found = []
-    for row in family.names:
+    for row in (*family.names, SCORE):
         for place in _places(row.theirs, config):
             modules = [module.format(**place) for module in row.ours]
             if row.layout == "together":
@@ -121,7 +122,7 @@ def _refuse_unknown(
         if name.endswith(family.ignored):
             continue
         head = name.removeprefix(family.prefix) in ("lm_head.weight", "embed_out.weight")
-        if head and config.tied_embeddings:
+        if head and config.tied_embeddings and not config.scores:
             if torch.equal(files.read(name), state["embedding.weight"]):
                 continue
             raise UserError(

@@ -115,7 +115,10 @@ def _add_preferences(
             )
         for reply in document.replies:
             rendered = render_reply(document.messages, reply, tokenizer)
-            writer.add(rendered.ids, rendered.mask, len(reply.encode()))
+            # Up to the stop token, and one more, so that a model reads it: its reward stands there.
+            end = len(rendered.mask) - rendered.mask[::-1].index(True)
+            ids = [*rendered.ids[:end], tokenizer.eos_id]
+            writer.add(ids, [*rendered.mask[:end], False], len(reply.encode()))
         writer.add_group(len(document.replies))
 
 

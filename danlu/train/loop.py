@@ -6,7 +6,7 @@ from danlu.train.config import TrainConfig
 from danlu.train.interrupt import Interrupt
 from danlu.train.result import TrainResult
 from danlu.train.run import exactness
-from danlu.train.training import Training
+from danlu.train.training import MakeObjective, Training
 
 
 class Hooks:
@@ -21,14 +21,23 @@ class Hooks:
         return scale
 
 
-def train(config: TrainConfig, kind: str, hooks: Hooks | None = None) -> TrainResult:
-    """Trains on tokens of `kind` (text or chat), resuming where the folder holds an unfinished run.
+def train(
+    config: TrainConfig,
+    kind: str,
+    hooks: Hooks | None = None,
+    make_objective: MakeObjective | None = None,
+) -> TrainResult:
+    """Trains on tokens of `kind`, resuming where the folder holds an unfinished run. See `Training`.
 
     Raises UserError for data, model and settings that don't fit together; KeyboardInterrupt when
     interrupted, after a checkpoint.
     """
     hooks = hooks or Hooks()
-    with exactness(config.deterministic), Training(config, kind) as training, Interrupt() as interrupt:
+    with (
+        exactness(config.deterministic),
+        Training(config, kind, make_objective) as training,
+        Interrupt() as interrupt,
+    ):
         training.begin()
         while training.step < config.steps:
             number = training.step + 1

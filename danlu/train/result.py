@@ -13,13 +13,16 @@ class TrainResult(BaseModel):
     tokens: int
     epochs: float
     loss: float
-    """Mean training loss of the last tenth of the steps, nats per supervised token."""
+    """Mean training loss of the last tenth of the steps, nats per supervised token or per pair."""
     held_out_loss: float | None
-    """Nats per supervised held-out token, after."""
+    """The same of held-out data, after."""
     held_out_loss_before: float | None
-    """The same before the first step; only where the run started from a model."""
+    """Before the first step; only where the run started from a model."""
     bits_per_byte: float | None
     """Of the supervised held-out text, after."""
+    accuracy: float | None = None
+    """Share of held-out pairs in which the chosen reply gets the higher reward, after."""
+    accuracy_before: float | None = None
     interventions: int
     """Of the loss-spike guard."""
     seconds: float

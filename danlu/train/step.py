@@ -15,26 +15,26 @@ from danlu.core.allocator import keep_freed_memory
 from danlu.core.errors import UserError
 from danlu.model import parallel
 from danlu.model.compiling import compiled_layers
-from danlu.model.cross_entropy import linear_cross_entropy
 from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch
+from danlu.train.objective import LanguageModelling, Objective
 from danlu.train.optim import by_kind
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of all processes. `loss`: mean nats of the supervised tokens; `grad_norm`: before clipping."""
+    """Of all processes. `count`: what the loss is a mean over; `grad_norm`: before clipping."""
 
     loss: float
-    n_supervised: float
+    count: float
     grad_norm: float
 
 
 class TrainStep:
     """Updates a model by batches.
 
-    Every loss is a sum divided by the number of supervised tokens of the whole step, over all
-    micro-batches and all processes, so that how a batch is cut does not change the gradient.
+    Every loss is a sum divided by what the objective counts in the whole step (supervised tokens), over
+    all micro-batches and all processes, so that how a batch is cut does not change the gradient.
 
     Weights, gradients and the optimiser's state are float32; `dtype` is that of activations and products.
     Only parameters that require a gradient are updated. The model is in training mode (dropout) only here.
@@ -49,6 +49,7 @@ class TrainStep:
         clip: float = 1.0,
         checkpoint_activations: bool = False,
         way: parallel.Way = "ddp",
+        objective: Objective | None = None,
     ) -> None:
         """`clip`: largest global norm of the gradient, 0 = none; `compile`: see `compiling.py`.
 
@@ -56,6 +57,7 @@ class TrainStep:
         """
         self.shares_data = parallel.data_processes(way) > 1
         self.model, self.optimizer, self.clip, self.compile = model, optimizer, clip, compile
+        self.objective = objective or LanguageModelling()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.sharded = isinstance(model, FSDPModule)
         model.compute_dtype = dtype
@@ -65,12 +67,12 @@ class TrainStep:
     def step(self, batches: list[Batch]) -> StepResult:
         """One update by the micro-batches in `batches` (and by those of the other processes).
 
-        Raises UserError when no token is supervised. Where the loss or the gradient is not finite the
+        Raises UserError where nothing counts. Where the loss or the gradient is not finite the
         weights stay as they are; the caller sees it in the result.
         """
-        loss, n_supervised = self.accumulate(batches)
+        loss, count = self.accumulate(batches)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        result = StepResult(loss, n_supervised, _total_norm(gradients))
+        result = StepResult(loss, count, _total_norm(gradients))
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             if self.clip and result.grad_norm > self.clip:
                 for alike in by_kind(gradients):
@@ -80,28 +82,24 @@ class TrainStep:
         return result
 
     def accumulate(self, batches: list[Batch]) -> tuple[float, float]:
-        """Leaves the gradient of the mean loss in the parameters; returns that loss and its token count."""
-        count = torch.stack([batch.weights.double().sum() for batch in batches]).sum()
-        n_supervised = self._sum_over_processes(count).item()
-        if n_supervised == 0:
-            raise UserError("a batch has no supervised token", "look at the data with `danlu inspect`")
+        """Leaves the gradient of the mean loss in the parameters; returns that loss and what was counted."""
+        counts = torch.stack([self.objective.count(batch) for batch in batches]).sum()
+        count = self._sum_over_processes(counts).item()
+        if count == 0:
+            raise UserError(self.objective.nothing, "look at the data with `danlu inspect`")
         self.model.train()
         with compiled_layers(self.model) if self.compile else nullcontext():
-            losses = [self._backward(batch, n_supervised) for batch in batches]
+            losses = [self._backward(batch, count) for batch in batches]
         self.model.eval()
         if not self.sharded:
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     self._sum_over_processes(parameter.grad)
-        return self._sum_over_processes(torch.stack(losses).sum()).item(), n_supervised
+        return self._sum_over_processes(torch.stack(losses).sum()).item(), count
 
-    def _backward(self, batch: Batch, n_supervised: float) -> Tensor:
+    def _backward(self, batch: Batch, count: float) -> Tensor:
         """Adds the gradient of one micro-batch; returns its share of the mean loss."""
-        hidden = self.model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)
-        weights = batch.weights.flatten() / n_supervised
-        targets, head = batch.targets.flatten(), self.model.head_weight
-        cap = self.model.config.logit_softcap
-        loss = linear_cross_entropy(hidden, head, targets, weights, self.model.head_bias, cap)
+        loss = self.objective.loss(self.model, batch, count)
         # FSDP2 averages gradients over the processes; the sum is wanted.
         (loss * dist.get_world_size() if self.sharded else loss).backward()
         return loss.detach()

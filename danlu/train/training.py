@@ -1,6 +1,7 @@
 """A run's parts and its place in time: what the loop drives, and what a checkpoint holds."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,26 +12,31 @@ from danlu.core.metrics import read_metrics
 from danlu.model import parallel
 from danlu.model.checkpoint import base_digest, resolve, save_adapted, save_model
 from danlu.model.compiling import should_compile
+from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch
 from danlu.train import held_out, run
 from danlu.train.checkpoint import Checkpointer, random_state, set_random_state
 from danlu.train.config import TrainConfig
 from danlu.train.guard import Alarm, Guard
 from danlu.train.journal import Journal
+from danlu.train.objective import LanguageModelling, Objective
 from danlu.train.optim import make_optimizer
 from danlu.train.result import TrainResult
 from danlu.train.samples import sample
 from danlu.train.schedule import learning_rate_scale
 from danlu.train.step import StepResult, TrainStep
 
+MakeObjective = Callable[[Transformer], Objective]
+
 
 class Training:
     """Model, optimiser, data and journal of one run; resumed from its folder where that holds a checkpoint.
 
-    `kind`: of the tokens, text or chat.
+    `kind`: of the tokens, text, chat or preferences; `make_objective`: of the model as it is before the run,
+    language modelling where there is none.
     """
 
-    def __init__(self, config: TrainConfig, kind: str) -> None:
+    def __init__(self, config: TrainConfig, kind: str, make_objective: MakeObjective | None = None) -> None:
         self.config, self.kind = config, kind
         self.device, self.dtype = run.choose_machine(config)
         run.seed_everything(config.seed)
@@ -43,9 +49,13 @@ class Training:
             run.adapt(self.model, config.lora, self.dtype)
             self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             torch.manual_seed(config.seed + parallel.rank())  # of the dropout, in every process its own
+        self.objective: Objective = (
+            make_objective(self.model) if make_objective else LanguageModelling(self.data.tokenizer)
+        )
+        if config.lora is None:  # an objective may have given the model another head
+            self.parameters = self.trained = sum(p.numel() for p in self.model.parameters())
         self.loader = self.data.loader(config)
         self.batches = iter(self.loader)
-        self.token_bytes = held_out.bytes_per_token(self.data.tokenizer)
         self.sharded = parallel.spread(self.model, config.parallel)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -61,6 +71,7 @@ class Training:
             clip=config.optim.clip,
             way=config.parallel,
             checkpoint_activations=config.checkpoint_activations,
+            objective=self.objective,
         )
         self.guard = Guard(config.guard)
         self.step = self.drawn = self.tokens = 0
@@ -201,11 +212,10 @@ class Training:
         if parallel.agree(self.journal.has(self.step, "held_out_loss")):  # done before a kill
             return
         batches = self.data.held_out_batches(self.config)
-        figures = held_out.evaluate(self.model, batches, self.token_bytes, self.device, self.config.parallel)
-        if figures.tokens:
-            text = f"held-out loss {figures.loss:.4f} nats a token, {figures.bits_per_byte:.4f} bits a byte"
-            self.journal.event(self.step, text)
-            self.journal.row(self.step, held_out_loss=figures.loss, bits_per_byte=figures.bits_per_byte)
+        figures = held_out.evaluate(self.objective, self.model, batches, self.device, self.config.parallel)
+        if figures:
+            self.journal.event(self.step, self.objective.text(figures))
+            self.journal.row(self.step, **figures)
 
     def _sample(self) -> None:
         prompts = self.config.sample_prompts
@@ -254,6 +264,8 @@ class Training:
             held_out_loss=after.get("held_out_loss"),
             held_out_loss_before=before.get("held_out_loss"),
             bits_per_byte=after.get("bits_per_byte"),
+            accuracy=after.get("accuracy"),
+            accuracy_before=before.get("accuracy"),
             interventions=self.guard.decisions.interventions,
             seconds=self.seconds,
             tokens_per_second=self.tokens / self.seconds,

@@ -3,9 +3,11 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -119,3 +121,37 @@ def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(to_hf(config)))
     with pytest.raises(UserError, match=r"billion parameters take [\d,.]+ GB, this machine has [\d,.]+ GB"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("Llama", {"num_key_value_heads": 2}),
+        ("Qwen2", {"num_key_value_heads": 2}),
+        ("GPT2", {}),
+        ("OPT", {"word_embed_proj_dim": 32}),
+    ],
+)
+@pytest.mark.parametrize("n_scores", [1, 3])
+def test_models_with_scores(kind: str, sizes: dict[str, Any], n_scores: int, tmp_path: Path) -> None:
+    """transformers' classifiers, in and out again: the same scores, and the same bytes."""
+    torch.manual_seed(0)
+    plain = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    named = {"n_embd": 32, "n_layer": 2, "n_head": 4} if kind == "GPT2" else {**plain, "ffn_dim": 48}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, pad_token_id=1, num_labels=n_scores, **named, **sizes
+    )
+    theirs = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    ids = torch.randint(2, 64, (3, 9))
+    assert ours.score is not None
+    found = ours.score(ours.hidden(ids)[:, -1])
+    torch.testing.assert_close(found, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    save_model(ours, tmp_path / "ours")
+    back = getattr(transformers, f"{kind}ForSequenceClassification").from_pretrained(tmp_path / "ours")
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor)

@@ -139,3 +139,13 @@ def test_log_probabilities() -> None:
     torch.testing.assert_close(log_probabilities(model, batch), want)
     entropies = torch.distributions.Categorical(logits=model(ids)).entropy()
     torch.testing.assert_close(log_probs_and_entropies(model, batch)[1], entropies)
+
+
+def test_log_probabilities_where_they_count() -> None:
+    sizes = ModelConfig(vocab_size=50, width=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_width=48)
+    model = Transformer(sizes)
+    ids, targets = torch.randint(0, 50, (2, 20)), torch.randint(0, 50, (2, 20))
+    weights = (torch.rand(2, 20) < 0.4).float()
+    batch = SimpleNamespace(ids=ids, targets=targets, positions=None, segments=None, weights=weights)
+    found = log_probabilities(model, batch, counted=True)
+    torch.testing.assert_close(found, log_probabilities(model, batch) * weights)

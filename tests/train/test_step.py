@@ -78,7 +78,7 @@ def test_a_step_is_that_of_transformers_and_torch() -> None:
         assert result.loss == pytest.approx(loss.item(), rel=1e-5)
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
         assert norm > 0.5
-        assert result.n_supervised == 1 + 2 + 3 + 4
+        assert result.count == 1 + 2 + 3 + 4
     want = dict(theirs.named_parameters())
     for name, parameter in hf_tensors(SIZES, dict(model.named_parameters())).items():
         torch.testing.assert_close(parameter, want[name], atol=1e-4, rtol=0)
