@@ -180,6 +180,20 @@ VERBS = [
         ),
     ),
     Verb(
+        "grpo",
+        "danlu.align.rl:grpo",
+        "danlu.align.config:GRPOConfig",
+        "Reinforcement learning by groups of replies: GRPO, Dr. GRPO, RLOO.",
+        stage=True,
+        distributed=True,
+        show="danlu.core.show:show_result",
+        group=_TRAIN,
+        examples=(
+            "grpo --data sums.jsonl --init-from runs/my/sft --out runs/my/grpo "
+            "rewards='[{rule: exact_number}]'",
+        ),
+    ),
+    Verb(
         "get",
         "danlu.core.get:get",
         "danlu.core.options:GetConfig",

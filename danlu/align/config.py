@@ -1,11 +1,11 @@
 """Config of alignment. Imports no torch."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from danlu.core.config import Config
-from danlu.train.config import OptimConfig, TrainConfig
+from danlu.core.config import Config, InputPath
+from danlu.train.config import GuardConfig, OptimConfig, TrainConfig
 
 
 class PreferenceLossConfig(Config):
@@ -53,3 +53,67 @@ class DPOConfig(TrainConfig):
     )
     numbers: PreferenceLossConfig = Field(PreferenceLossConfig(), description="the numbers in the loss")
     optim: OptimConfig = Field(OptimConfig(lr=2e-5, weight_decay=0.0), description="optimiser")
+
+
+class RewardSource(Config):
+    """One part of a reward: exactly one of rule, regex and model."""
+
+    rule: Literal["exact_number", "exact_text", "ended", "length"] | None = Field(
+        None,
+        description="exact_number, exact_text: against the row's answer; ended; length, in 100 characters",
+    )
+    regex: str | None = Field(None, description="1 where it is found in the reply, else 0")
+    model: InputPath | None = Field(None, description="a model of rewards, from `danlu reward`")
+    weight: float = Field(1.0, description="of this part in the sum")
+
+    @property
+    def name(self) -> str:
+        return self.rule or self.regex or str(self.model)
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if sum(value is not None for value in (self.rule, self.regex, self.model)) != 1:
+            raise ValueError("a reward is one of rule, regex and model")
+        return self
+
+
+class RLConfig(TrainConfig):
+    """What PPO and GRPO have in common: replies are drawn, rewarded and learnt from."""
+
+    data: InputPath = Field(description="prompts: a JSONL file with prompt (or messages) in each row")
+    rewards: tuple[RewardSource, ...] = Field((), description="what replies are worth: parts of a sum")
+    batch_size: int = Field(16, ge=1, description="prompts in one rollout")
+    group_size: int = Field(8, ge=1, description="replies to each prompt")
+    max_tokens: int = Field(64, ge=1, description="longest reply, in tokens")
+    temperature: float = Field(
+        1.0, gt=0, description="of the draws; the policy that learns has temperature 1"
+    )
+    rollout_dtype: Literal["bf16", "float32"] | None = Field(
+        None, description="of the weights that replies are drawn with; default: as the model computes"
+    )
+    updates: int = Field(1, ge=1, description="optimiser steps on one rollout, each on a part of its replies")
+    passes: int = Field(1, ge=1, description="how often a rollout's replies are learnt from")
+    clip_low: float = Field(0.2, gt=0, description="the ratio of policies is cut at 1 − this")
+    clip_high: float = Field(0.2, gt=0, description="and at 1 + this")
+    kl: float = Field(0.0, ge=0, description="weight of the divergence from the reference")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="how it is estimated (Schulman 2020)")
+    guard: GuardConfig = Field(
+        GuardConfig(remedy="off"), description="loss-spike guard: here the loss says nothing, only NaN counts"
+    )
+    held_out: float = Field(0.1, ge=0, lt=1, description="share of the prompts kept for evaluation")
+    optim: OptimConfig = Field(OptimConfig(lr=1e-5, weight_decay=0.0), description="optimiser")
+
+
+class GRPOConfig(RLConfig):
+    """`danlu grpo`: a reply's advantage is how much better it is than the others to its prompt."""
+
+    advantage: Literal["group", "centred", "leave_one_out"] = Field(
+        "group",
+        description="group: less the group's mean, by its deviation (GRPO); centred: not by it (Dr. GRPO); "
+        "leave_one_out: less the mean of the others (RLOO)",
+    )
+    averaging: Literal["reply", "token", "length"] = Field(
+        "reply",
+        description="the loss is a mean over each reply's tokens (GRPO), over all tokens (DAPO), or a sum by "
+        "max_tokens (Dr. GRPO)",
+    )

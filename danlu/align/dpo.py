@@ -36,11 +36,12 @@ def dpo(config: DPOConfig, hooks: Hooks | None = None) -> TrainResult:
 class PreferencePairs:
     """A loss of `PAIR_LOSSES`, the mean over all pairs of replies to one prompt."""
 
-    nothing = "a batch has no pair of replies"
+    nothing, measure = "a batch has no pair of replies", "held_out_loss"
 
     def __init__(self, model: Transformer, config: DPOConfig) -> None:
         """`model`: as it is before the run. It is copied, unless it has an adapter."""
         self.config, self.loss_of = config, PAIR_LOSSES[config.loss]
+        self.shown: dict[str, float] = {}
         self.reference: Transformer | None = None
         if config.loss not in WITHOUT_REFERENCE and not adapted_layers(model):
             self.reference = copy.deepcopy(model).requires_grad_(False).eval()

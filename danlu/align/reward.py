@@ -39,11 +39,12 @@ def reward(config: RewardConfig, hooks: Hooks | None = None) -> TrainResult:
 class Rewards:
     """Bradley-Terry's loss, the mean over all pairs or over all rankings."""
 
-    nothing = "a batch has no pair of replies"
+    nothing, measure = "a batch has no pair of replies", "held_out_loss"
 
     def __init__(self, model: Transformer, config: RewardConfig) -> None:
         """`model` gets a head with a score, where it has none."""
         self.config = config
+        self.shown: dict[str, float] = {}
         if config.lm_weight and not model.config.tied_embeddings:
             raise UserError(
                 f"{config.init_from}: its output matrix is replaced, so lm_weight can't be", "set lm_weight 0"

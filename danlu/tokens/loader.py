@@ -10,7 +10,7 @@ prompt; those that don't fit in a sequence are left out.
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -35,13 +35,13 @@ class Batch:
     segments: Tensor
     """int32, one number a segment, -1 = padding; of preferences RANKS · number of the prompt + rank"""
 
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))
 
-    def split(self, n: int) -> list["Batch"]:
+    def split(self, n: int) -> list[Self]:
         """n batches of B / n sequences each."""
         parts = zip(*(getattr(self, f.name).chunk(n) for f in fields(self)), strict=True)
-        return [Batch(*part) for part in parts]
+        return [type(self)(*part) for part in parts]
 
     @property
     def n_tokens(self) -> int:
@@ -95,6 +95,19 @@ class PackedLoader:
                 order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
             self._plan = PLANS[self.shards.kind](self.shards, order, self.sequence_length)
         return self._plan
+
+    @property
+    def note(self) -> str:
+        """What a run should be told about this pass."""
+        plan, longer = self.plan, f"longer than sequence_length {self.sequence_length}"
+        parts = []
+        if plan.truncated:
+            parts.append(f"{plan.truncated:,} lose their end")
+        if plan.left_out and self.shards.kind == "preferences":
+            return f"replies to one prompt that are together {longer}: {plan.left_out:,} prompts are left out"
+        if plan.left_out:
+            parts.append(f"{plan.left_out:,} are left out, since no reply begins before that")
+        return f"conversations {longer}: {', '.join(parts)}" if parts else ""
 
     def __next__(self) -> Batch:
         plan = self.plan

@@ -5,7 +5,7 @@ from danlu.tokens.loader import Batch
 from danlu.train.config import TrainConfig
 from danlu.train.interrupt import Interrupt
 from danlu.train.result import TrainResult
-from danlu.train.run import exactness
+from danlu.train.run import Source, exactness
 from danlu.train.training import MakeObjective, Training
 
 
@@ -26,6 +26,7 @@ def train(
     kind: str,
     hooks: Hooks | None = None,
     make_objective: MakeObjective | None = None,
+    data: Source | None = None,
 ) -> TrainResult:
     """Trains on tokens of `kind`, resuming where the folder holds an unfinished run. See `Training`.
 
@@ -35,7 +36,7 @@ def train(
     hooks = hooks or Hooks()
     with (
         exactness(config.deterministic),
-        Training(config, kind, make_objective) as training,
+        Training(config, kind, make_objective, data) as training,
         Interrupt() as interrupt,
     ):
         training.begin()

@@ -21,6 +21,10 @@ class Objective(Protocol):
 
     nothing: str
     """What is said of a batch that counts nothing."""
+    measure: str
+    """The first of its figures."""
+    shown: dict[str, float]
+    """Further figures of the last step, for its row and the progress line."""
 
     def count(self, batch: Batch) -> Tensor:
         """Of one micro-batch; a float64 scalar."""
@@ -35,7 +39,7 @@ class Objective(Protocol):
         ...
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
-        """By name, the loss as held_out_loss; empty where nothing was counted."""
+        """By name; empty where nothing was counted."""
         ...
 
     def text(self, figures: dict[str, float]) -> str:
@@ -46,10 +50,11 @@ class Objective(Protocol):
 class LanguageModelling:
     """Nats per supervised token."""
 
-    nothing = "a batch has no supervised token"
+    nothing, measure = "a batch has no supervised token", "held_out_loss"
 
     def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         """`tokenizer`: for bits per byte of held-out data."""
+        self.shown: dict[str, float] = {}
         entries = [] if tokenizer is None else tokenizer.token_bytes
         self.token_bytes = torch.tensor([len(entry) for entry in entries])
         """(V,) the bytes each token decodes to; special tokens stand for no text."""

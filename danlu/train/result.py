@@ -20,6 +20,9 @@ class TrainResult(BaseModel):
     """Before the first step; only where the run started from a model."""
     bits_per_byte: float | None
     """Of the supervised held-out text, after."""
+    held_out_reward: float | None = None
+    """Mean reward of one reply to each held-out prompt, after."""
+    held_out_reward_before: float | None = None
     accuracy: float | None = None
     """Share of held-out pairs in which the chosen reply gets the higher reward, after."""
     accuracy_before: float | None = None

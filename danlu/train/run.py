@@ -5,7 +5,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,22 @@ from danlu.tokens.loader import Batch, PackedLoader, held_out_batches
 from danlu.tokens.shards import Shards
 from danlu.tokens.tokenizer import Tokenizer
 from danlu.train.config import TrainConfig
+
+
+class Source(Protocol):
+    """Where a run's batches come from."""
+
+    tokenizer: Tokenizer
+
+    def fingerprint(self) -> str:
+        """Of what is learnt from: a run resumes on the same only."""
+        ...
+
+    def loader(self, config: TrainConfig) -> Any:
+        """As `PackedLoader`."""
+        ...
+
+    def held_out_batches(self, config: TrainConfig) -> Iterator[Batch]: ...
 
 
 class Data:
@@ -50,6 +66,9 @@ class Data:
                 f"{config.data}: no token of the training data is supervised",
                 "look at it with `danlu inspect`",
             )
+
+    def fingerprint(self) -> str:
+        return self.train.fingerprint()
 
     def loader(self, config: TrainConfig) -> PackedLoader:
         """This process's share of every batch."""

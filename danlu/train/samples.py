@@ -28,7 +28,7 @@ def sample(
     if not parallel.is_main():
         return [], None
     prompts = [
-        [{"role": "user", "content": prompt}] if kind == "chat" else prompt
+        prompt if kind == "text" else [{"role": "user", "content": prompt}]
         for prompt in config.sample_prompts
     ]
     params = SamplingParams(max_tokens=config.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)

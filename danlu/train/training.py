@@ -33,14 +33,20 @@ class Training:
     """Model, optimiser, data and journal of one run; resumed from its folder where that holds a checkpoint.
 
     `kind`: of the tokens, text, chat or preferences; `make_objective`: of the model as it is before the run,
-    language modelling where there is none.
+    language modelling where there is none; `data`: where it is no folder of tokens.
     """
 
-    def __init__(self, config: TrainConfig, kind: str, make_objective: MakeObjective | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        kind: str,
+        make_objective: MakeObjective | None = None,
+        data: run.Source | None = None,
+    ) -> None:
         self.config, self.kind = config, kind
         self.device, self.dtype = run.choose_machine(config)
         run.seed_everything(config.seed)
-        self.data = run.Data(config, kind)
+        self.data = data or run.Data(config, kind)
         self.model = run.build_model(config, self.data.tokenizer, self.device)
         self.parameters = self.trained = sum(p.numel() for p in self.model.parameters())
         self.base = ""
@@ -92,7 +98,7 @@ class Training:
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
             "random": random_state(),
-            "data": self.data.train.fingerprint(),
+            "data": self.data.fingerprint(),
             "base": self.base,
             "config": self.config.model_dump(mode="json"),
             "surroundings": self._surroundings(),
@@ -116,7 +122,7 @@ class Training:
         if not steps:
             return None
         saved = self.checkpoints.read_state(steps[-1])
-        run.require_same_run(self.config, self.data.train.fingerprint(), self.base, saved)
+        run.require_same_run(self.config, self.data.fingerprint(), self.base, saved)
         self._restore(steps[-1])
         self.guard.load_state_dict(saved["guard"])
         self.seconds = saved["seconds"]
@@ -130,7 +136,7 @@ class Training:
             self.journal.event(self.step, self._resume_text(self.resumed))
         else:
             self.journal.event(0, self._start_text())
-            if text := self._truncation_text():
+            if text := self.loader.note:
                 self.journal.event(0, text)
             self.save()
         if self.step == 0 and self.config.init_from is not None:
@@ -141,6 +147,7 @@ class Training:
         """The next step's micro-batches."""
         batch = next(self.batches)
         self.drawn += 1
+        self.drawn_tokens = batch.ids.numel() * parallel.data_processes(self.config.parallel)
         return batch.split(self.config.accumulate)
 
     def learning_rate_scale(self, number: int) -> float:
@@ -179,7 +186,7 @@ class Training:
         """Counts the update as done, and reports it."""
         now = time.monotonic()
         elapsed, self.clock = now - self.clock, now
-        tokens = self.config.batch_size * self.config.sequence_length
+        tokens = self.drawn_tokens
         self.step = number
         self.tokens += tokens
         self.seconds += elapsed
@@ -187,7 +194,7 @@ class Training:
         if self.is_due(self.config.log_every):
             self.journal.step(
                 number,
-                {"loss": result.loss, "tokens/s": round(tokens / elapsed)},
+                {"loss": result.loss, **self.objective.shown, "tokens/s": round(tokens / elapsed)},
                 loss=result.loss,
                 lr=self.config.optim.lr * scale,
                 grad_norm=result.grad_norm,
@@ -195,6 +202,7 @@ class Training:
                 tokens_per_second=tokens / elapsed,
                 memory=memory_bytes(self.device),
                 epoch=self.loader.epoch,
+                **self.objective.shown,
             )
 
     def is_due(self, every: int) -> bool:
@@ -209,7 +217,7 @@ class Training:
         self.clock = time.monotonic()
 
     def _evaluate(self) -> None:
-        if parallel.agree(self.journal.has(self.step, "held_out_loss")):  # done before a kill
+        if parallel.agree(self.journal.has(self.step, self.objective.measure)):  # done before a kill
             return
         batches = self.data.held_out_batches(self.config)
         figures = held_out.evaluate(self.objective, self.model, batches, self.device, self.config.parallel)
@@ -250,7 +258,7 @@ class Training:
         self.journal.event(self.step, f"finished; the {kind} is in {folder}")
         parallel.barrier()
         rows = read_metrics(self.config.out)
-        measured = [row for row in rows if "held_out_loss" in row]
+        measured = [row for row in rows if self.objective.measure in row]
         losses = [row["loss"] for row in rows if "loss" in row and row["step"] > 0.9 * self.step]
         before = measured[0] if measured and measured[0]["step"] == 0 else {}
         after = measured[-1] if measured else {}
@@ -264,6 +272,8 @@ class Training:
             held_out_loss=after.get("held_out_loss"),
             held_out_loss_before=before.get("held_out_loss"),
             bits_per_byte=after.get("bits_per_byte"),
+            held_out_reward=after.get("held_out_reward"),
+            held_out_reward_before=before.get("held_out_reward"),
             accuracy=after.get("accuracy"),
             accuracy_before=before.get("accuracy"),
             interventions=self.guard.decisions.interventions,
@@ -292,16 +302,6 @@ class Training:
             f"{parallel.world_size()} process(es), {torch.get_num_threads()} threads, "
             f"{'compiled' if self.compiled else 'not compiled'}, {exact}"
         )
-
-    def _truncation_text(self) -> str:
-        plan = self.loader.plan
-        parts = []
-        if plan.truncated:
-            parts.append(f"{plan.truncated:,} lose their end")
-        if plan.left_out:
-            parts.append(f"{plan.left_out:,} are left out, since no reply begins before that")
-        longer = f"conversations longer than sequence_length {self.config.sequence_length}: "
-        return longer + ", ".join(parts) if parts else ""
 
     def _resume_text(self, saved: dict[str, Any]) -> str:
         then, now = saved["surroundings"], self._surroundings()

@@ -1,0 +1,236 @@
+"""Replies that the policy draws, their rewards, and the packed batches that it learns from."""
+
+import base64
+import hashlib
+import io
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from danlu.align.config import RLConfig
+from danlu.align.rewards import Reply, Reward
+from danlu.core.errors import UserError
+from danlu.data.conversations import Messages, check_messages
+from danlu.data.documents import read_rows
+from danlu.generate.engine import Completion, Engine
+from danlu.generate.sampling import SamplingParams
+from danlu.model.transformer import Transformer
+from danlu.tokens.chat import render_prompt
+from danlu.tokens.loader import Batch
+from danlu.tokens.tokenizer import Tokenizer
+
+
+@dataclass
+class RolloutBatch(Batch):
+    """A batch whose targets that count are the tokens of replies; all further fields (B, T) float32."""
+
+    advantages: Tensor
+    engine: Tensor
+    """Log-probabilities as the engine computed them that drew the replies"""
+    old: Tensor
+    """The same as the trainer computes them; 0 where they are those of the only update"""
+    reference: Tensor
+    """Log-probabilities under the reference; 0 without one"""
+
+
+Places = list[list[tuple[int, int, int]]]
+"""Of each packed row (number of the reply, begin, end): where the targets stand that are its tokens."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One reply: ids of its prompt and of itself, with the token that ends it, and its reward."""
+
+    prompt: list[int]
+    ids: list[int]
+    reply: Reply
+    reward: float
+    log_probs: list[float]
+    """Under the engine that drew it"""
+
+
+class Prompts:
+    """The prompts of a JSONL file, split into those to learn from and those held out."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, config: RLConfig) -> None:
+        """Raises UserError for a row without a prompt, and for one that leaves no room for a reply."""
+        self.rows: list[tuple[Messages, dict[str, Any], list[int]]] = []
+        self.held_out: list[int] = []
+        self.train: list[int] = []
+        digest = hashlib.sha256()
+        for number, row in read_rows(path):
+            where = f"{path}, line {number}"
+            messages = _messages(row, where)
+            ids = render_prompt(messages, tokenizer)
+            room = config.sequence_length - config.max_tokens
+            if len(ids) > room:
+                raise UserError(
+                    f"{where}: a prompt of {len(ids)} tokens; sequence_length less max_tokens is {room}",
+                    "raise sequence_length, or leave the row out",
+                )
+            key = hashlib.blake2b(repr(messages).encode(), digest_size=8, key=str(config.seed).encode())
+            digest.update(repr(row).encode())
+            part = int.from_bytes(key.digest(), "big") / 2**64 < config.held_out
+            (self.held_out if part else self.train).append(len(self.rows))
+            self.rows.append((messages, row, ids))
+        if not self.train:
+            raise UserError(f"{path}: no prompt to learn from", "give more prompts, or lower held_out")
+        self.sha256 = digest.hexdigest()
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The training prompts of one pass."""
+        return np.random.default_rng([seed, epoch]).permutation(self.train).tolist()
+
+
+def _messages(row: Any, where: str) -> Messages:
+    prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
+    if isinstance(prompt, str) and prompt.strip():
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        raise UserError(f'{where}: no "prompt" in it', "a text, or a list of messages")
+    messages = check_messages(prompt, where)
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise UserError(f"{where}: its last message is the {messages[-1]['role']}'s", "end with the user's")
+    return messages
+
+
+class Drawer:
+    """Draws replies from the policy as it is now, by one engine that keeps up with it."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: RLConfig, reward: Reward) -> None:
+        self.engine, self.tokenizer = Engine(model, tokenizer, dtype=config.rollout_dtype), tokenizer
+        self.config, self.reward = config, reward
+        self.seconds = {"generation": 0.0, "reward": 0.0}
+
+    def draw(
+        self, rows: Sequence[tuple[Messages, dict[str, Any], list[int]]], n: int, seed: int
+    ) -> list[Drawn]:
+        """`n` replies to each prompt, one prompt's after the other's."""
+        begin = time.monotonic()
+        config = self.config
+        prompts = [ids for _, _, ids in rows for _ in range(n)]
+        params = [
+            SamplingParams(
+                max_tokens=config.max_tokens, temperature=config.temperature, seed=seed * 1_000_003 + place
+            )
+            for place in range(len(prompts))
+        ]
+        found = self.engine.generate(prompts, params)
+        middle = time.monotonic()
+        replies = [
+            self._reply(messages, row, completion)
+            for (messages, row, _), completion in zip(
+                [row for row in rows for _ in range(n)], found, strict=True
+            )
+        ]
+        rewards = self.reward(replies)
+        self.seconds["generation"] += middle - begin
+        self.seconds["reward"] += time.monotonic() - middle
+        return [
+            Drawn(prompt, completion.ids, reply, value, completion.logprobs)
+            for prompt, completion, reply, value in zip(prompts, found, replies, rewards, strict=True)
+        ]
+
+    def _reply(self, messages: Messages, row: dict[str, Any], completion: Completion) -> Reply:
+        text = self.engine.text(messages, [i for i in completion.ids if i not in self.tokenizer.stop_ids])
+        return Reply(messages, text, row, completion.finish_reason == "stop")
+
+
+def pack(drawn: Sequence[Drawn], length: int) -> tuple[Batch, Places]:
+    """The replies packed, best fit, each behind its prompt."""
+    room: list[tuple[int, int]] = []
+    rows: Places = []
+    used: list[int] = []
+    for number, one in enumerate(drawn):
+        pairs = len(one.prompt) + len(one.ids) - 1
+        slot = bisect_left(room, (pairs, -1))
+        if slot < len(room):
+            left, row = room.pop(slot)
+        else:
+            left, row = length, len(rows)
+            rows.append([])
+            used.append(0)
+        begin = used[row] + len(one.prompt) - 1
+        rows[row].append((number, begin, begin + len(one.ids)))
+        used[row] += pairs
+        if left > pairs:
+            insort(room, (left - pairs, row))
+    shape = (len(rows), length)
+    ids, targets, positions = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    weights, segments = torch.zeros(shape), torch.full(shape, -1, dtype=torch.int32)
+    for row, places in enumerate(rows):
+        at = 0
+        for segment, (number, begin, end) in enumerate(places):
+            whole = torch.tensor([*drawn[number].prompt, *drawn[number].ids])
+            here = slice(at, at + len(whole) - 1)
+            ids[row, here], targets[row, here] = whole[:-1], whole[1:]
+            positions[row, here], segments[row, here] = torch.arange(len(whole) - 1), segment
+            weights[row, begin:end] = 1
+            at = here.stop
+        positions[row, at:] = torch.arange(length - at)
+    return Batch(ids, targets, weights, positions, segments), rows
+
+
+Finish = Callable[[Sequence[Drawn]], tuple[list[RolloutBatch], dict[str, float]]]
+"""From the replies of one rollout to the batches of its updates, and what is to be said of the rollout."""
+
+
+class RolloutLoader:
+    """Endless batches, as `PackedLoader`'s: when those of a rollout are used up, the policy draws again."""
+
+    def __init__(self, prompts: Prompts, drawer: Drawer, finish: Finish, config: RLConfig) -> None:
+        self.prompts, self.drawer, self.finish, self.config = prompts, drawer, finish, config
+        self.epoch = self._begin = self.rollouts = 0
+        self._left: list[RolloutBatch] = []
+        self.last: list[Drawn] = []
+        self.figures: dict[str, float] = {}
+
+    note = ""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._left:
+            self.last = self.drawer.draw(self._next_prompts(), self.config.group_size, self.rollouts + 1)
+            self.rollouts += 1
+            self._left, self.figures = self.finish(self.last)
+        return self._left.pop(0)
+
+    def _next_prompts(self) -> list[Any]:
+        found: list[int] = []
+        while len(found) < self.config.batch_size:
+            order = self.prompts.order(self.config.seed, self.epoch)
+            some = order[self._begin : self._begin + self.config.batch_size - len(found)]
+            found += some
+            self._begin += len(some)
+            if self._begin >= len(order):
+                self.epoch, self._begin = self.epoch + 1, 0
+        return [self.prompts.rows[number] for number in found]
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the batches that are left: the policy that drew them is no longer there."""
+        file = io.BytesIO()
+        torch.save([vars(batch) for batch in self._left], file)
+        left = base64.b64encode(file.getvalue()).decode() if self._left else ""
+        return {
+            "epoch": self.epoch,
+            "begin": self._begin,
+            "rollouts": self.rollouts,
+            "left": left,
+            "figures": self.figures,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self._begin, self.rollouts = state["epoch"], state["begin"], state["rollouts"]
+        self._left, self.figures = [], state["figures"]
+        if state["left"]:
+            file = io.BytesIO(base64.b64decode(state["left"]))
+            self._left = [RolloutBatch(**fields) for fields in torch.load(file, weights_only=True)]

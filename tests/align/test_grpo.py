@@ -1,0 +1,231 @@
+"""`danlu grpo`: on-policy to rounding, rules learnt, bad rewards named, runs resumed to the bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from danlu.align import rewards as reward_table
+from danlu.align.config import GRPOConfig
+from danlu.align.rewards import Reply, checked, make_reward
+from danlu.align.rl import Grouped, grpo
+from danlu.align.rollouts import RolloutBatch
+from danlu.core.errors import UserError
+from danlu.core.metrics import read_metrics
+from danlu.model.checkpoint import load
+from danlu.model.config import LoraConfig
+from danlu.model.lora import add_adapter
+from danlu.tokens.loader import Batch
+from danlu.train.loop import Hooks
+from danlu.train.optim import make_optimizer
+from danlu.train.step import TrainStep
+
+QUICK: dict[str, Any] = {
+    "steps": 3,
+    "batch_size": 4,
+    "group_size": 6,
+    "max_tokens": 12,
+    "sequence_length": 96,
+    "dtype": "float32",
+    "compile": "off",
+    "optim": {"lr": 1e-2, "weight_decay": 0.0},
+    "schedule": {"name": "constant", "warmup": 0},
+    "rewards": [{"regex": "^[a-m ]"}],
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    animals = ("cat", "dog", "fox", "owl", "hare", "goose", "otter", "heron")
+    rows = [{"prompt": f"Where is the {name}{n * '!'}?", "answer": n} for name in animals for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(prompts: Path, chat_model: Path, out: Path, **values: Any) -> GRPOConfig:
+    return GRPOConfig(**{"data": prompts, "init_from": chat_model, "out": out, **QUICK, **values})
+
+
+def started(settings: GRPOConfig, lora: bool = False) -> tuple[Any, Grouped, RolloutBatch]:
+    """A policy, its objective, and the first batch that it draws."""
+    model = load(str(settings.init_from), dtype=torch.float32)[0]
+    if lora:
+        torch.manual_seed(0)
+        add_adapter(model, LoraConfig(rank=4))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+    source = Grouped(settings)
+    source.objective(model)
+    return model, source, next(source.loader(settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_first_ratio_is_one(
+    updates: int, lora: bool, prompts: Path, chat_model: Path, tmp_path: Path
+) -> None:
+    """Packed by the trainer, drawn by the engine, with prefixes shared: the same policy to 1e-5."""
+    settings = config(prompts, chat_model, tmp_path, updates=updates, kl=0.1)
+    model, source, batch = started(settings, lora)
+    source.loss(model, batch, float(source.count(batch)))
+    assert source.shown["engine_gap"] < 1e-5
+    assert source.shown["clipped"] == 0
+    if lora:
+        assert source.shown["kl"] != 0
+    else:
+        assert source.shown["kl"] == pytest.approx(0, abs=1e-5)
+    n_replies = settings.batch_size * settings.group_size // updates
+    assert source.count(batch) == n_replies
+    assert batch.weights.sum() > n_replies
+
+
+def test_every_reply_is_learnt_behind_its_prompt(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    settings = config(prompts, chat_model, tmp_path)
+    _, source, batch = started(settings)
+    loader = source.loader(settings)
+    batch = next(loader)
+    assert isinstance(batch, RolloutBatch)
+    found = []
+    for row in range(len(batch.ids)):
+        for segment in batch.segments[row].unique().tolist():
+            if segment >= 0:
+                here = batch.segments[row] == segment
+                whole = [int(batch.ids[row, here][0]), *batch.targets[row, here].tolist()]
+                learnt = int(batch.weights[row, here].sum())
+                found.append((whole[:-learnt], whole[-learnt:]))
+                assert batch.weights[row, here][-learnt:].all()
+                assert len(set(batch.advantages[row, here][-learnt:].tolist())) == 1
+    assert sorted(found) == sorted((one.prompt, one.ids) for one in loader.last)
+
+
+@pytest.mark.parametrize("averaging", ["reply", "token", "length"])
+def test_how_a_batch_is_cut_changes_no_gradient(
+    averaging: Any, prompts: Path, chat_model: Path, tmp_path: Path
+) -> None:
+    settings = config(prompts, chat_model, tmp_path, averaging=averaging, kl=0.1)
+    model, source, batch = started(settings)
+    gradients = []
+    for parts in (1, 3):
+        step = TrainStep(model, make_optimizer(model, settings.optim), objective=source)
+        step.accumulate(batch.split(parts))
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    for whole, cut in zip(*gradients, strict=True):
+        torch.testing.assert_close(cut, whole, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("advantage", ["group", "centred", "leave_one_out"])
+def test_a_rule_is_learnt(advantage: str, prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    """Replies that begin with a letter of the alphabet's first half, for prompts that were held out too."""
+    settings = {"advantage": advantage, "steps": 45, "held_out": 0.3}
+    result = grpo(config(prompts, chat_model, tmp_path, **settings))
+    rows = [row for row in read_metrics(tmp_path) if "reward" in row]
+    assert rows[0]["reward"] < 0.6
+    assert sum(row["reward"] for row in rows[-5:]) / 5 > 0.9
+    assert result.held_out_reward is not None
+    assert result.held_out_reward_before is not None
+    assert result.held_out_reward > max(0.8, result.held_out_reward_before)
+
+
+def test_a_run_that_was_cut_resumes_to_the_bit(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    """Also in the middle of a rollout, whose replies can't be drawn again."""
+
+    class Stop(Hooks):
+        def batches(self, index: int, batches: list[Batch]) -> list[Batch]:
+            if index == 6:
+                raise RuntimeError("killed")
+            return batches
+
+    settings: dict[str, Any] = {"steps": 7, "checkpoint_every": 3, "updates": 2, "kl": 0.05}
+    whole = grpo(config(prompts, chat_model, tmp_path / "whole", **settings))
+    with pytest.raises(RuntimeError, match="killed"):
+        grpo(config(prompts, chat_model, tmp_path / "cut", **settings), Stop())
+    again = grpo(config(prompts, chat_model, tmp_path / "cut", **settings))
+    weights = [load(result.model)[0].state_dict() for result in (whole, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    figures = [
+        [
+            {k: v for k, v in row.items() if "second" not in k and k not in ("time", "memory")}
+            for row in read_metrics(run)
+        ]
+        for run in (tmp_path / "whole", tmp_path / "cut")
+    ]
+    assert figures[0] == figures[1]
+
+
+# Rewards
+
+ASKED = [{"role": "user", "content": "2 + 2?"}]
+
+
+def test_rules() -> None:
+    replies = [
+        Reply(ASKED, text, {"answer": "4"}, done)
+        for text, done in (("It is 4.", True), ("4 or 5", False), (" 4\n", True))
+    ]
+    assert reward_table.exact_number(replies) == [1, 0, 1]
+    assert reward_table.exact_text(replies) == [0, 0, 1]
+    assert reward_table.ended(replies) == [1, 0, 1]
+    assert reward_table.matches(r"or \d")(replies) == [0, 1, 0]
+
+
+def test_a_sum_of_rewards(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    sources = config(
+        prompts,
+        chat_model,
+        tmp_path,
+        rewards=[{"rule": "exact_number", "weight": 2}, {"rule": "ended", "weight": -1}],
+    ).rewards
+    assert make_reward(sources)([Reply(ASKED, "4", {"answer": 4}, True)]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda replies: [float("nan")], "the reward mine is nan for the reply 'four'"),
+        (lambda replies: [float("inf")], "is inf"),
+        (lambda replies: [], "gives 0 numbers for 1 replies"),
+        (lambda replies: 1 / 0, "fails: ZeroDivisionError"),
+        (lambda replies: ["much"], "fails: ValueError"),
+        (reward_table.exact_number, "needs 'answer' in each prompt's row"),
+    ],
+)
+def test_rewards_that_are_none(reward: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        checked(
+            reward,
+            [Reply(ASKED, "four 4")] if reward is reward_table.exact_number else [Reply(ASKED, "four")],
+            "mine",
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"init_from": None}, "init_from is required"),
+        ({"group_size": 1}, "no others to be compared with"),
+        ({"rewards": []}, "no reward is given"),
+        ({"sequence_length": 20}, "sequence_length less max_tokens is 8"),
+    ],
+)
+def test_what_can_t_be_trained_is_said(
+    values: Any, message: str, prompts: Path, chat_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        grpo(config(prompts, chat_model, tmp_path, **values))
+
+
+def test_prompts_that_are_none(chat_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    for row, message in (
+        ({"text": "a"}, 'line 1: no "prompt" in it'),
+        ({"prompt": [{"role": "assistant", "content": "a"}]}, "its last message is the assistant's"),
+    ):
+        path.write_text(json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=message):
+            grpo(config(path, chat_model, tmp_path / "out"))
