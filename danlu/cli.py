@@ -186,6 +186,7 @@ VERBS = [
         "Reinforcement learning by groups of replies: GRPO, Dr. GRPO, RLOO.",
         stage=True,
         distributed=True,
+        estimate="danlu.align.estimate:estimate_rollouts",
         show="danlu.core.show:show_result",
         group=_TRAIN,
         examples=(
