@@ -181,7 +181,7 @@ VERBS = [
     ),
     Verb(
         "grpo",
-        "danlu.align.rl:grpo",
+        "danlu.align.grpo:grpo",
         "danlu.align.config:GRPOConfig",
         "Reinforcement learning by groups of replies: GRPO, Dr. GRPO, RLOO.",
         stage=True,
@@ -192,6 +192,21 @@ VERBS = [
         examples=(
             "grpo --data sums.jsonl --init-from runs/my/sft --out runs/my/grpo "
             "rewards='[{rule: exact_number}]'",
+        ),
+    ),
+    Verb(
+        "ppo",
+        "danlu.align.ppo:ppo",
+        "danlu.align.config:PPOConfig",
+        "Reinforcement learning with a value head: PPO.",
+        stage=True,
+        distributed=True,
+        estimate="danlu.align.estimate:estimate_rollouts",
+        show="danlu.core.show:show_result",
+        group=_TRAIN,
+        examples=(
+            "ppo --data prompts.jsonl --init-from runs/my/sft --out runs/my/ppo "
+            "rewards='[{model: runs/my/reward}]'",
         ),
     ),
     Verb(

@@ -97,6 +97,11 @@ class RLConfig(TrainConfig):
     clip_high: float = Field(0.2, gt=0, description="and at 1 + this")
     kl: float = Field(0.0, ge=0, description="weight of the divergence from the reference")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="how it is estimated (Schulman 2020)")
+    averaging: Literal["reply", "token", "length"] = Field(
+        "reply",
+        description="the loss is a mean over each reply's tokens (GRPO), over all tokens (DAPO), or a sum by "
+        "max_tokens (Dr. GRPO)",
+    )
     guard: GuardConfig = Field(
         GuardConfig(remedy="off"), description="loss-spike guard: here the loss says nothing, only NaN counts"
     )
@@ -112,8 +117,25 @@ class GRPOConfig(RLConfig):
         description="group: less the group's mean, by its deviation (GRPO); centred: not by it (Dr. GRPO); "
         "leave_one_out: less the mean of the others (RLOO)",
     )
-    averaging: Literal["reply", "token", "length"] = Field(
-        "reply",
-        description="the loss is a mean over each reply's tokens (GRPO), over all tokens (DAPO), or a sum by "
-        "max_tokens (Dr. GRPO)",
+
+
+class PPOConfig(RLConfig):
+    """`danlu ppo`: a value head says what is to be expected; a token's advantage is what came beyond that."""
+
+    group_size: int = Field(1, ge=1, description="replies to each prompt")
+    updates: int = Field(4, ge=1, description="optimiser steps on one rollout, each on a part of its replies")
+    averaging: Literal["reply", "token", "length"] = Field("token", description="as of grpo")
+    kl: float = Field(0.05, ge=0, description="weight of the divergence from the reference")
+    kl_in: Literal["reward", "loss"] = Field("reward", description="where the divergence counts")
+    kl_target: float = Field(
+        0.0,
+        ge=0,
+        description="divergence of a reply, in nats, that the weight adapts to; 0 = the weight stays",
     )
+    kl_gain: float = Field(0.1, gt=0, description="how fast the weight adapts")
+    discount: float = Field(1.0, gt=0, le=1, description="γ, of what comes a token later")
+    decay: float = Field(0.95, ge=0, le=1, description="λ of the generalised advantage estimation")
+    value_weight: float = Field(0.1, gt=0, description="of the value head's loss")
+    value_clip: float = Field(0.2, ge=0, description="values are cut to this around the old ones; 0 = not")
+    whiten_rewards: bool = Field(False, description="divide rewards by their deviation over the rollout")
+    whiten_advantages: bool = Field(True, description="advantages of mean 0 and variance 1 over the rollout")

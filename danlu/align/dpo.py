@@ -68,6 +68,9 @@ class PreferencePairs:
             f"{figures['accuracy']:.1%}, by {figures['reward_margin']:.3f} in the mean"
         )
 
+    def finish(self, model: Transformer) -> None:
+        """Nothing."""
+
     def _pairs(self, model: Transformer, batch: Batch) -> Pairs:
         replies = replies_of(batch)
         own = replies.sums(log_probabilities(model, batch, counted=True))

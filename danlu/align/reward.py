@@ -98,6 +98,9 @@ class Rewards:
             f"{figures['accuracy']:.1%}; rewards of a pair differ by {figures['reward_margin']:.3f}"
         )
 
+    def finish(self, model: Transformer) -> None:
+        """Nothing."""
+
     def _losses(self, found: Tensor, replies: Replies) -> tuple[Tensor, Tensor]:
         """Of each pair its loss and its weight."""
         better, worse = replies.pairs()
@@ -126,7 +129,7 @@ class RewardModel:
         """
         self.model, self.tokenizer = load(ref, dtype=dtype)
         self.batch_tokens = batch_tokens
-        if self.model.score is None:
+        if not self.model.config.scores:
             raise UserError(f"{ref} is no model of rewards", "train one: danlu reward")
 
     @torch.no_grad()

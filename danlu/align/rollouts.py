@@ -38,6 +38,10 @@ class RolloutBatch(Batch):
     """The same as the trainer computes them; 0 where they are those of the only update"""
     reference: Tensor
     """Log-probabilities under the reference; 0 without one"""
+    values: Tensor
+    """What a value head expected of each token's state; 0 without one"""
+    returns: Tensor
+    """What came of it"""
 
 
 Places = list[list[tuple[int, int, int]]]

@@ -109,7 +109,7 @@ class Engine:
         """
         self.model, self.tokenizer, self.deterministic = model, tokenizer, deterministic
         self._kind, self._helpers, self.adapters = dtype, helpers, list(adapters)
-        if model.score is not None:
+        if model.config.scores:
             raise UserError("this model gives rewards, and no words", "name a language model")
         self._check_adapters()
         self._cache_bytes, self._step_tokens = cache_bytes, step_tokens

@@ -199,8 +199,16 @@ def log_probabilities(model: "Transformer", batch: "Batch", counted: bool = Fals
 def log_probs_and_entropies(
     model: "Transformer", batch: "Batch", counted: bool = False, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """As `linear_log_probs`: both (B, T). The one place that runs a forward pass for log-probabilities."""
-    hidden = model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)
+    """As `linear_log_probs`: both (B, T)."""
+    hidden = model.hidden(batch.ids, batch.positions, batch.segments)
+    return log_probs_of(model, batch, hidden, counted, entropy)
+
+
+def log_probs_of(
+    model: "Transformer", batch: "Batch", hidden: Tensor, counted: bool = False, entropy: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`log_probs_and_entropies` of hidden states (B, T, D) that are there already."""
+    hidden = hidden.flatten(0, 1)
     targets, head, cap = batch.targets.flatten(), model.head_weight, model.config.logit_softcap
     rows = (
         batch.weights.flatten().nonzero()[:, 0]

@@ -186,6 +186,11 @@ class Transformer(nn.Module):
         self.score = Linear(self.config.width, n).to(self.embedding.weight.device)
         nn.init.normal_(self.score.weight, std=(self.config.width + 1) ** -0.5)
 
+    def give_values(self) -> None:
+        """Puts a head with one number for each token beside the output matrix, 0 at first."""
+        self.score = Linear(self.config.width, 1).to(self.embedding.weight.device)
+        nn.init.zeros_(self.score.weight)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, V) of what `hidden` returns."""
         bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)

@@ -46,6 +46,10 @@ class Objective(Protocol):
         """The figures in a line."""
         ...
 
+    def finish(self, model: Transformer) -> None:
+        """Takes off what only the training needed."""
+        ...
+
 
 class LanguageModelling:
     """Nats per supervised token."""
@@ -87,3 +91,6 @@ class LanguageModelling:
     def text(self, figures: dict[str, float]) -> str:
         loss, bits = figures["held_out_loss"], figures["bits_per_byte"]
         return f"held-out loss {loss:.4f} nats a token, {bits:.4f} bits a byte"
+
+    def finish(self, model: Transformer) -> None:
+        """Nothing."""

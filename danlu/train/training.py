@@ -246,6 +246,7 @@ class Training:
     def finish(self) -> TrainResult:
         """Writes the model's folder, or the adapter's; returns the figures."""
         self.checkpoints.wait()
+        self.objective.finish(self.model)
         kind = "model" if self.config.lora is None else "adapter"
         folder = self.config.out / kind
         weights = parallel.whole_state_dict(self.model) if self.sharded else None

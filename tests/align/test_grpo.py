@@ -9,8 +9,8 @@ import torch
 
 from danlu.align import rewards as reward_table
 from danlu.align.config import GRPOConfig
+from danlu.align.grpo import Grouped, grpo
 from danlu.align.rewards import Reply, checked, make_reward
-from danlu.align.rl import Grouped, grpo
 from danlu.align.rollouts import RolloutBatch
 from danlu.core.errors import UserError
 from danlu.core.metrics import read_metrics
