@@ -80,7 +80,10 @@ class RewardSource(Config):
 class RLConfig(TrainConfig):
     """What PPO and GRPO have in common: replies are drawn, rewarded and learnt from."""
 
-    data: InputPath = Field(description="prompts: a JSONL file with prompt (or messages) in each row")
+    data: InputPath = Field(
+        description="prompts: output folder of `danlu data prepare`, or a JSONL file with prompt or messages "
+        "in each row; of messages the last reply is the answer"
+    )
     rewards: tuple[RewardSource, ...] = Field((), description="what replies are worth: parts of a sum")
     batch_size: int = Field(16, ge=1, description="prompts in one rollout")
     group_size: int = Field(8, ge=1, description="replies to each prompt")
@@ -105,7 +108,8 @@ class RLConfig(TrainConfig):
     guard: GuardConfig = Field(
         GuardConfig(remedy="off"), description="loss-spike guard: here the loss says nothing, only NaN counts"
     )
-    held_out: float = Field(0.1, ge=0, lt=1, description="share of the prompts kept for evaluation")
+    held_out: float = Field(0.1, ge=0, lt=1, description="share of a file's prompts kept for evaluation")
+    held_out_prompts: int = Field(256, ge=0, description="most held-out prompts that are answered each time")
     optim: OptimConfig = Field(OptimConfig(lr=1e-5, weight_decay=0.0), description="optimiser")
 
 

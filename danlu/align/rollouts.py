@@ -19,6 +19,7 @@ from danlu.align.rewards import Reply, Reward
 from danlu.core.errors import UserError
 from danlu.data.conversations import Messages, check_messages
 from danlu.data.documents import read_rows
+from danlu.data.prepare import PARTS
 from danlu.generate.engine import Completion, Engine
 from danlu.generate.sampling import SamplingParams
 from danlu.model.transformer import Transformer
@@ -61,31 +62,31 @@ class Drawn:
 
 
 class Prompts:
-    """The prompts of a JSONL file, split into those to learn from and those held out."""
+    """The prompts that a policy learns from, and those held out.
+
+    From the output folder of `danlu data prepare`, with its two parts, or from a JSONL file, which is split.
+    A conversation is a prompt up to its last reply, and that reply the answer.
+    """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, config: RLConfig) -> None:
         """Raises UserError for a row without a prompt, and for one that leaves no room for a reply."""
-        self.rows: list[tuple[Messages, dict[str, Any], list[int]]] = []
         self.held_out: list[int] = []
         self.train: list[int] = []
-        digest = hashlib.sha256()
-        for number, row in read_rows(path):
-            where = f"{path}, line {number}"
-            messages = _messages(row, where)
+        self.rows: list[tuple[Messages, dict[str, Any], list[int]]] = []
+        digest, room = hashlib.sha256(), config.sequence_length - config.max_tokens
+        for part, messages, row, where in _parted(path, config):
             ids = render_prompt(messages, tokenizer)
-            room = config.sequence_length - config.max_tokens
             if len(ids) > room:
                 raise UserError(
                     f"{where}: a prompt of {len(ids)} tokens; sequence_length less max_tokens is {room}",
                     "raise sequence_length, or leave the row out",
                 )
-            key = hashlib.blake2b(repr(messages).encode(), digest_size=8, key=str(config.seed).encode())
-            digest.update(repr(row).encode())
-            part = int.from_bytes(key.digest(), "big") / 2**64 < config.held_out
-            (self.held_out if part else self.train).append(len(self.rows))
+            digest.update(f"{part}{messages!r}{row!r}".encode())
+            (self.train if part == "train" else self.held_out).append(len(self.rows))
             self.rows.append((messages, row, ids))
         if not self.train:
             raise UserError(f"{path}: no prompt to learn from", "give more prompts, or lower held_out")
+        self.held_out = self.held_out[: config.held_out_prompts]
         self.sha256 = digest.hexdigest()
 
     def order(self, seed: int, epoch: int) -> list[int]:
@@ -93,16 +94,41 @@ class Prompts:
         return np.random.default_rng([seed, epoch]).permutation(self.train).tolist()
 
 
-def _messages(row: Any, where: str) -> Messages:
+def _parted(path: Path, config: RLConfig) -> Iterator[tuple[str, Messages, dict[str, Any], str]]:
+    """(part, prompt, row, where) of each prompt."""
+    if path.is_dir():
+        for part in PARTS:
+            file = path / f"{part}.jsonl.zst"
+            for number, row in read_rows(file):
+                where = f"{file}, line {number}"
+                yield part, *_prompt(row, where), where
+        return
+    for number, row in read_rows(path):
+        where = f"{path}, line {number}"
+        messages, row = _prompt(row, where)
+        key = hashlib.blake2b(repr(messages).encode(), digest_size=8, key=str(config.seed).encode()).digest()
+        yield (
+            "held_out" if int.from_bytes(key, "big") / 2**64 < config.held_out else "train",
+            messages,
+            row,
+            where,
+        )
+
+
+def _prompt(row: Any, where: str) -> tuple[Messages, dict[str, Any]]:
+    """The prompt, and the row with the answer in it where the conversation has one."""
     prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
     if isinstance(prompt, str) and prompt.strip():
-        return [{"role": "user", "content": prompt}]
+        return [{"role": "user", "content": prompt}], row
     if not isinstance(prompt, list):
         raise UserError(f'{where}: no "prompt" in it', "a text, or a list of messages")
     messages = check_messages(prompt, where)
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise UserError(f"{where}: its last message is the {messages[-1]['role']}'s", "end with the user's")
-    return messages
+    if messages[-1]["role"] == "assistant" and "messages" in row:
+        *messages, last = messages
+        row = {"answer": last["content"], **row}
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise UserError(f"{where}: nobody asks in it", "end a prompt with the user's turn")
+    return messages, row
 
 
 class Drawer:

@@ -9,6 +9,8 @@ from danlu.core.config import Config, InputMark, StageConfig
 
 CHITCHAT = "chitchat"
 """The `source` that means the conversations in the package chitchat-dataset."""
+SUMS = "sums"
+"""The `source` that means made-up sums of two numbers."""
 
 
 class DataConfig(StageConfig):
@@ -16,7 +18,7 @@ class DataConfig(StageConfig):
 
     source: Annotated[str, InputMark()] = Field(
         description="text, JSONL or Parquet file (also .gz, .zst), a folder of them, "
-        f"or `{CHITCHAT}` for the conversations in the package chitchat-dataset"
+        f"`{CHITCHAT}` for the conversations in the package chitchat-dataset, or `{SUMS}` for 20,000 sums"
     )
     text_key: str = Field("text", description="key of the text in a JSONL or Parquet row")
     held_out: float = Field(0.05, gt=0, lt=1, description="share of the documents kept for evaluation")

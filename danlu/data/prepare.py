@@ -19,9 +19,10 @@ from danlu.core.files import atomic_write, make_folder
 from danlu.core.progress import track
 from danlu.core.verbs import Estimate
 from danlu.data.chitchat import chitchat_file, read_chitchat
-from danlu.data.config import CHITCHAT, DataConfig
+from danlu.data.config import CHITCHAT, SUMS, DataConfig
 from danlu.data.conversations import require_reply
 from danlu.data.documents import Document, as_row, document_writer, read_documents
+from danlu.data.sums import COUNT, read_sums
 
 PARTS = ("train", "held_out")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
@@ -78,9 +79,10 @@ def prepare(config: DataConfig) -> dict[str, Any]:
 
 
 def _read(config: DataConfig) -> Iterator[Document]:
-    return (
-        read_chitchat() if config.source == CHITCHAT else read_documents(Path(config.source), config.text_key)
-    )
+    made = {CHITCHAT: read_chitchat, SUMS: read_sums}
+    if config.source in made:
+        return made[config.source]()
+    return read_documents(Path(config.source), config.text_key)
 
 
 def normalise(text: str) -> str:
@@ -159,6 +161,11 @@ def require_disjoint(folder: Path) -> None:
 
 def estimate(config: DataConfig, upstream: Mapping[str, Estimate]) -> Estimate:
     """Size of the source on disk; about 20 MB of text a second go through."""
+    if config.source == SUMS:
+        size = 20 * COUNT
+        return Estimate(
+            seconds=3, memory_bytes=200 << 20, outputs={"bytes": int(size * (1 - config.held_out))}
+        )
     source = chitchat_file() if config.source == CHITCHAT else Path(config.source)
     files = [f for f in source.rglob("*") if f.is_file()] if source.is_dir() else [source]
     if not all(file.exists() for file in files):

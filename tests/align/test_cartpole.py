@@ -37,7 +37,7 @@ def episodes(
     return [torch.stack(part, 1) for part in (states, actions, mask)]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_cartpole(seed: int) -> None:
     torch.manual_seed(seed)
     envs = gymnasium.make_vec("CartPole-v1", 16, vectorization_mode="sync")

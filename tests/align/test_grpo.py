@@ -14,6 +14,8 @@ from danlu.align.rewards import Reply, checked, make_reward
 from danlu.align.rollouts import RolloutBatch
 from danlu.core.errors import UserError
 from danlu.core.metrics import read_metrics
+from danlu.data.config import DataConfig
+from danlu.data.prepare import prepare
 from danlu.model.checkpoint import load
 from danlu.model.config import LoraConfig
 from danlu.model.lora import add_adapter
@@ -158,6 +160,19 @@ def test_a_run_that_was_cut_resumes_to_the_bit(prompts: Path, chat_model: Path, 
     assert figures[0] == figures[1]
 
 
+def test_prompts_of_prepared_conversations(chat_model: Path, tmp_path: Path) -> None:
+    """The last reply is the answer; the parts stay what they are."""
+    prepare(DataConfig(source="sums", out=tmp_path / "data", held_out=0.3))
+    settings = config(tmp_path / "data", chat_model, tmp_path, rewards=[{"rule": "exact_text"}], max_tokens=6)
+    prompts = Grouped(settings).prompts
+    assert len(prompts.train) + len(prompts.held_out) <= len(prompts.rows) == 20_000
+    assert len(prompts.held_out) == 256
+    for number in (prompts.train[0], prompts.held_out[0]):
+        messages, row, _ = prompts.rows[number]
+        a, b = messages[-1]["content"].removesuffix("=").split("+")
+        assert int(row["answer"]) == int(a) + int(b)
+
+
 # Rewards
 
 ASKED = [{"role": "user", "content": "2 + 2?"}]
@@ -224,7 +239,7 @@ def test_prompts_that_are_none(chat_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     for row, message in (
         ({"text": "a"}, 'line 1: no "prompt" in it'),
-        ({"prompt": [{"role": "assistant", "content": "a"}]}, "its last message is the assistant's"),
+        ({"prompt": [{"role": "assistant", "content": "a"}]}, "nobody asks in it"),
     ):
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=message):
