@@ -11,6 +11,7 @@ from danlu.papers.protocol import Result, print_result, write_result
 
 EXPERIMENTS = {
     "annollm": "danlu.papers.annollm:run",
+    "best-of-n": "danlu.papers.best_of_n:run",
     "chain-of-thought": "danlu.papers.chain_of_thought:run",
     "compression": "danlu.papers.compression:run",
     "few-shot": "danlu.papers.few_shot:run",
