@@ -33,13 +33,13 @@ def pair(tmp_path: Path) -> tuple[nn.Module, Transformer]:
 
 def adapt_both(theirs: nn.Module, ours: Transformer, kind: dict[str, Any]) -> nn.Module:
     """The same random matrices, none of them zero, in both."""
-    config = LoraConfig(rank=4, alpha=10.0, **kind)
+    config = LoraConfig(rank=4, alpha=4.0, **kind)
     add_adapter(ours, config)
     wrapped = peft.get_peft_model(
         theirs,
         peft.LoraConfig(
             r=4,
-            lora_alpha=10.0,
+            lora_alpha=4.0,
             target_modules=list(THEIR_NAMES.values()),
             use_rslora=config.rslora,
             use_dora=config.dora,
