@@ -4,6 +4,7 @@ The loop is the training loop; its batches come from the policy itself (`rollout
 in common stands here.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ def check(config: RLConfig, name: str) -> None:
     if config.parallel != "ddp":
         raise UserError(
             f"{name} with parallel {config.parallel}: the policy isn't spread", "set parallel ddp"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"{name} in several processes: each would draw the same replies", "start it without torchrun"
         )
 
 
