@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from danlu.core.host import peak_rss_bytes
+
 Work = Callable[..., Any]
 """What a contestant does with what it is asked."""
 
@@ -65,6 +67,88 @@ def _answer(make: Callable[..., Work], arguments: tuple[Any, ...], connection: C
         start = time.perf_counter()
         answer = work(*asked)
         connection.send((time.perf_counter() - start, answer))
+
+
+class Turn:
+    """A training loop's side of the pipe: called before each step, it waits until steps are asked for.
+
+    The loop says when its imports are done, `imported()`: memory is counted from there.
+    """
+
+    def __init__(self, connection: Connection, device: str) -> None:
+        self.connection, self.device = connection, device
+        self.left = self.resident = 0
+        self.start: float | None = None
+        self.said: list[Any] = []
+
+    def imported(self) -> None:
+        self.resident = psutil.Process().memory_info().rss
+
+    def __call__(self, said: Any = None) -> bool:
+        """`said`: of the step before. Returns False where the loop is to end."""
+        if said is not None:
+            self.said.append(said)
+        if self.left == 0:
+            if self.device == "cuda":
+                import torch
+
+                torch.cuda.synchronize()
+                if self.start is None:
+                    torch.cuda.reset_peak_memory_stats()
+            if self.start is not None:
+                self.connection.send((time.perf_counter() - self.start, self.said, self._memory()))
+            self.said = []
+            self.left = self.connection.recv()
+            self.start = time.perf_counter()
+        self.left -= 1
+        return self.left >= 0
+
+    def _memory(self) -> int:
+        """The peak, above the resident size after imports; on a GPU the most that was allocated."""
+        if self.device == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        return peak_rss_bytes() - self.resident
+
+
+class Loop:
+    """A training loop in a process of its own, that sleeps until steps are asked for, seen from outside.
+
+    `run(*arguments, turn)` is called there and calls `turn` before each step; it stands at its file's top.
+    """
+
+    def __init__(self, name: str, device: str, run: Callable[..., None], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.connection, theirs = context.Pipe()
+        # Not daemonic: torch.compile starts processes of its own.
+        self.process = context.Process(target=_loop, args=(run, arguments, theirs, device))
+        self.process.start()
+        theirs.close()
+
+    def steps(self, n: int) -> tuple[float, list[Any], int]:
+        """Runs `n` steps: their seconds, what each said, and the peak of memory in bytes."""
+        self.connection.send(n)
+        try:
+            seconds, said, memory = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise Absent(f"{self.name} can't take part: its process died") from None
+        return seconds, said, memory
+
+    def stop(self) -> None:
+        self.connection.send(0)
+        self.connection.close()
+        self.process.join()
+
+
+def _loop(run: Callable[..., None], arguments: tuple[Any, ...], connection: Connection, device: str) -> None:
+    """The main function of a loop's process."""
+    sys.stdout = sys.stderr
+    try:
+        run(*arguments, Turn(connection, device))
+    except EOFError:  # the controller has gone
+        return
 
 
 class Quietness:

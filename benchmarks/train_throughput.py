@@ -24,21 +24,16 @@ Memory is the peak above the resident size after imports (GPU: the most allocate
 import argparse
 import itertools
 import json
-import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import psutil
-from _racing import Quietness, median_interval, say
+from _racing import Loop, Quietness, median_interval, say
 
-from danlu.core.host import peak_rss_bytes
 from danlu.model.config import LoraConfig, ModelConfig
 from danlu.model.count import flops_per_token, parameters
 
@@ -251,69 +246,15 @@ RUNNERS = {
 }
 
 
-class Turn:
-    """A contestant's side of the pipe: told how many steps to run, answers with their time and losses."""
-
-    def __init__(self, connection: Connection, device: str) -> None:
-        self.connection, self.device = connection, device
-        self.left = 0
-        self.start: float | None = None
-        self.losses: list[float] = []
-        self.resident = 0
-
-    def imported(self) -> None:
-        self.resident = psutil.Process().memory_info().rss
-
-    def __call__(self, loss: float | None) -> bool:
-        if loss is not None:
-            self.losses.append(loss)
-        if self.left == 0:
-            if self.device == "cuda":
-                import torch
-
-                torch.cuda.synchronize()
-                if self.start is None:
-                    torch.cuda.reset_peak_memory_stats()
-            if self.start is not None:
-                answer = (time.perf_counter() - self.start, self.losses, self._memory())
-                self.connection.send(answer)
-            self.losses = []
-            self.left = self.connection.recv()
-            self.start = time.perf_counter()
-        self.left -= 1
-        return self.left >= 0
-
-    def _memory(self) -> int:
-        if self.device == "cuda":
-            import torch
-
-            return torch.cuda.max_memory_allocated()
-        return peak_rss_bytes() - self.resident
-
-
-def contestant(name: str, size: Size, device: str, lora: bool, connection: Connection) -> None:
-    """The main function of a contestant's process."""
-    sys.stdout = sys.stderr
-    try:
-        RUNNERS[name](size, device, Turn(connection, device), lora=lora)
-    except EOFError:  # the controller has gone
-        return
-
-
 # The controller.
 
 
-class Contestant:
-    """A contestant's process, seen from outside."""
+class Racer:
+    """A contestant, and how fast it was in each turn."""
 
     def __init__(self, name: str, size: Size, device: str, lora: bool) -> None:
-        context = multiprocessing.get_context("spawn")
         self.name, self.size = name, size
-        self.connection, theirs = context.Pipe()
-        # Not daemonic: torch.compile starts processes of its own.
-        self.process = context.Process(target=contestant, args=(name, size, device, lora, theirs))
-        self.process.start()
-        theirs.close()
+        self.loop = Loop(name, device, partial(RUNNERS[name], lora=lora), size, device)
         self.losses: list[float] = []
         self.rates: list[float] = []
         self.memory = 0
@@ -323,17 +264,11 @@ class Contestant:
 
     def run(self, steps: int) -> float:
         """Runs `steps` steps; returns the seconds."""
-        self.connection.send(steps)
-        seconds, losses, self.memory = self.connection.recv()
+        seconds, losses, self.memory = self.loop.steps(steps)
         self.losses += losses
         tokens = steps * self.size.batch_size * self.size.sequence_length
         self.rates.append(tokens / seconds)
         return seconds
-
-    def stop(self) -> None:
-        self.connection.send(0)
-        self.connection.close()
-        self.process.join()
 
 
 def product_rate(device: str) -> float:
@@ -359,8 +294,8 @@ def measure(
 ) -> dict[str, Any]:
     """One size: every contestant, turn by turn. Returns the rows and ratios of the result."""
 
-    def start(contestant_name: str) -> Contestant:
-        racer = Contestant(contestant_name, size, device, lora)
+    def start(contestant_name: str) -> Racer:
+        racer = Racer(contestant_name, size, device, lora)
         say(f"{name}: {contestant_name} is warm; first step {racer.first:.1f} s")
         return racer
 
@@ -371,7 +306,7 @@ def measure(
             racer = start(contestant_name)
             for _ in range(alternations):
                 racer.run(size.steps)
-            racer.stop()
+            racer.loop.stop()
             racers.append(racer)
             products.append(product_rate(device))
             rate, megabytes = statistics.median(racer.rates), racer.memory / 1e6
@@ -387,12 +322,12 @@ def measure(
         say(f"{name}: {number + 1}/{alternations}  " + "  ".join(f"{r.rates[-1]:.0f}" for r in racers))
     others = quiet.others()
     for racer in racers:
-        racer.stop()
+        racer.loop.stop()
     return summarise(name, size, lora, racers, products, others)
 
 
 def summarise(
-    name: str, size: Size, lora: bool, racers: list[Contestant], products: list[float], others: float
+    name: str, size: Size, lora: bool, racers: list[Racer], products: list[float], others: float
 ) -> dict[str, Any]:
     adapter = LoraConfig(rank=RANK) if lora else None
     flops = flops_per_token(size.model, size.sequence_length, lora=adapter)

@@ -1,5 +1,8 @@
 """From rewards to advantages: how much better than expected a reply, or a token of it, was."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,11 +25,6 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(1, keepdim=True)) * n / (n - 1)
 
 
-def rewards_to_go(rewards: Tensor, mask: Tensor, discount: float = 1.0) -> Tensor:
-    """Sum of what comes from each token on (REINFORCE++: Hu 2025, equation 4). rewards, mask (B, T)."""
-    return gae(rewards, torch.zeros_like(rewards), mask, discount, 1.0)
-
-
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float = 1.0, decay: float = 0.95) -> Tensor:
     """Σₖ (γ λ)ᵏ δₜ₊ₖ with δₜ = rₜ + γ Vₜ₊₁ − Vₜ, nothing after a reply's last token.
 
@@ -44,10 +42,21 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float = 1.0, de
     return advantages
 
 
-def whitened(values: Tensor, mask: Tensor, shift: bool = True, eps: float = 1e-8) -> Tensor:
+Total = Callable[[list[float]], list[float]]
+"""The element-wise sum of some numbers over all processes that hold a part of the values."""
+
+
+def moments(values: Tensor, total: Total = list) -> tuple[float, float]:
+    """Mean and variance of values (N,)."""
+    n, added = total([float(len(values)), float(values.double().sum())])
+    (squares,) = total([float((values.double() - added / n).square().sum())])
+    return added / n, squares / max(n - 1, 1)
+
+
+def whitened(
+    values: Tensor, mask: Tensor, shift: bool = True, eps: float = 1e-8, total: Total = list
+) -> Tensor:
     """Of variance 1 over the tokens that count, and of mean 0 (`shift` False keeps the mean)."""
-    n = mask.sum()
-    mean = (values * mask).sum() / n
-    variance = ((values - mean).square() * mask).sum() / (n - 1).clamp(min=1)
-    white = (values - mean) * torch.rsqrt(variance + eps)
+    mean, variance = moments(values[mask > 0], total)
+    white = (values - mean) / math.sqrt(variance + eps)
     return (white if shift else white + mean) * mask

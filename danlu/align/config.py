@@ -48,32 +48,38 @@ class RewardConfig(TrainConfig):
 class DPOConfig(TrainConfig):
     """`danlu dpo`: a policy learns from preferences directly."""
 
-    loss: Literal["dpo", "ipo", "simpo", "orpo"] = Field(
-        "dpo", description="dpo (with numbers.label_smoothing: cDPO), ipo; simpo and orpo need no reference"
+    loss: Literal["dpo", "ipo", "simpo", "orpo", "kto"] = Field(
+        "dpo",
+        description="dpo (with numbers.label_smoothing: cDPO), ipo, kto; simpo and orpo need no reference",
     )
     numbers: PreferenceLossConfig = Field(PreferenceLossConfig(), description="the numbers in the loss")
     optim: OptimConfig = Field(OptimConfig(lr=2e-5, weight_decay=0.0), description="optimiser")
 
 
 class RewardSource(Config):
-    """One part of a reward: exactly one of rule, regex and model."""
+    """One part of a reward: exactly one of rule, regex, model and url."""
 
-    rule: Literal["exact_number", "exact_text", "ended", "length"] | None = Field(
+    rule: Literal["exact_number", "exact_text", "tests", "ended", "length"] | None = Field(
         None,
-        description="exact_number, exact_text: against the row's answer; ended; length, in 100 characters",
+        description="exact_number, exact_text: against the row's answer; tests: whether the program in the "
+        "reply passes the row's test; ended; length, in 100 characters",
     )
     regex: str | None = Field(None, description="1 where it is found in the reply, else 0")
     model: InputPath | None = Field(None, description="a model of rewards, from `danlu reward`")
+    url: str | None = Field(
+        None, description='a server that answers {"prompts": […], "replies": […]} with {"rewards": […]}'
+    )
+    seconds: float = Field(60.0, gt=0, description="url: that it may take; tests: that a program may run")
     weight: float = Field(1.0, description="of this part in the sum")
 
     @property
     def name(self) -> str:
-        return self.rule or self.regex or str(self.model)
+        return self.rule or self.regex or self.url or str(self.model)
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
-        if sum(value is not None for value in (self.rule, self.regex, self.model)) != 1:
-            raise ValueError("a reward is one of rule, regex and model")
+        if sum(value is not None for value in (self.rule, self.regex, self.model, self.url)) != 1:
+            raise ValueError("a reward is one of rule, regex, model and url")
         return self
 
 
@@ -98,7 +104,24 @@ class RLConfig(TrainConfig):
     passes: int = Field(1, ge=1, description="how often a rollout's replies are learnt from")
     clip_low: float = Field(0.2, gt=0, description="the ratio of policies is cut at 1 − this")
     clip_high: float = Field(0.2, gt=0, description="and at 1 + this")
+    engine_cap: float = Field(
+        0.0,
+        ge=0,
+        description="weigh each token by the ratio of the policy as it is trained to the one that drew it "
+        "(rounding), cut at this (truncated importance sampling: Yao et al. 2025); 0 = not",
+    )
     kl: float = Field(0.0, ge=0, description="weight of the divergence from the reference")
+    stop_kl: float = Field(
+        0.0,
+        ge=0,
+        description="end the run, with its last checkpoint, where the replies' mean divergence from the "
+        "reference is above this, in nats; 0 = never",
+    )
+    stop_alike: int = Field(
+        50,
+        ge=0,
+        description="end the run after so many rollouts without any difference between rewards; 0 = never",
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="how it is estimated (Schulman 2020)")
     averaging: Literal["reply", "token", "length"] = Field(
         "reply",
@@ -116,10 +139,11 @@ class RLConfig(TrainConfig):
 class GRPOConfig(RLConfig):
     """`danlu grpo`: a reply's advantage is how much better it is than the others to its prompt."""
 
-    advantage: Literal["group", "centred", "leave_one_out"] = Field(
+    advantage: Literal["group", "centred", "leave_one_out", "global"] = Field(
         "group",
         description="group: less the group's mean, by its deviation (GRPO); centred: not by it (Dr. GRPO); "
-        "leave_one_out: less the mean of the others (RLOO)",
+        "leave_one_out: less the mean of the others (RLOO); global: less the divergence of the tokens from "
+        "it on, whitened over the rollout (REINFORCE++)",
     )
 
 

@@ -82,17 +82,11 @@ WITHOUT_REFERENCE = {"simpo", "orpo"}
 def kto(log_ratios: Tensor, good: Tensor, kl: Tensor, config: PreferenceLossConfig) -> Tensor:
     """λ (1 − σ(± β (log π(y)/ref(y) − KL))), + where y is good (Ethayarajh et al. 2024, equation 8).
 
-    log_ratios, good (B,); kl: an estimate of KL(π ‖ ref), at least 0 and without a gradient, such as
-    `mismatched_kl` gives.
+    log_ratios, good (B,); kl: an estimate of KL(π ‖ ref), at least 0 and without a gradient.
     """
     sign = torch.where(good, 1.0, -1.0)
     weight = torch.where(good, config.good_weight, config.bad_weight)
     return weight * (1 - torch.sigmoid(sign * config.beta * (log_ratios - kl)))
-
-
-def mismatched_kl(log_ratios: Tensor) -> Tensor:
-    """KTO's estimate: the mean log ratio of replies to other prompts, cut at 0 (section 4.2)."""
-    return log_ratios.detach().mean().clamp(min=0)
 
 
 # Rewards
@@ -101,14 +95,3 @@ def mismatched_kl(log_ratios: Tensor) -> Tensor:
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """−log σ(r(y⁺) − r(y⁻) − m) (Ouyang et al. 2022, equation 1; the margin m: Llama 2, equation 2)."""
     return -F.logsigmoid(chosen - rejected - margin)
-
-
-def ranking(rewards: Tensor, present: Tensor) -> Tensor:
-    """The mean of `bradley_terry` over all pairs of each ranking (Ouyang et al. 2022, equation 1).
-
-    rewards, present (B, K): the best reply first; rankings shorter than K are filled up. Returns (B,).
-    """
-    better, worse = torch.triu_indices(rewards.shape[1], rewards.shape[1], 1, device=rewards.device)
-    counted = (present[:, better] & present[:, worse]).to(rewards.dtype)
-    losses = bradley_terry(rewards[:, better], rewards[:, worse])
-    return (losses * counted).sum(1) / counted.sum(1).clamp(min=1)

@@ -1,20 +1,30 @@
-"""Rewards: from a prompt and a reply to a number. A model, a rule, or a weighted sum of these.
+"""Rewards: from a prompt and a reply to a number. A model, a rule, a server, or a weighted sum of these.
 
 Whatever gives them, they are checked: a number that is not finite, or a reward that raises, ends the run with
 its name and the reply.
 """
 
+import atexit
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from requests import RequestException
+
 from danlu.align.config import RewardSource
 from danlu.align.reward import RewardModel
 from danlu.core.errors import UserError
+from danlu.core.host import cores
+from danlu.core.http import patient_session
 from danlu.data.conversations import Messages
 from danlu.evaluate.answers import last_number, plain_number
+from danlu.evaluate.code.config import CodeConfig
+from danlu.evaluate.code.problems import parse
+from danlu.evaluate.code.run import Runner, check
+from danlu.evaluate.code.samples import from_chat
+from danlu.evaluate.code.score import backend_of
 
 
 @dataclass(frozen=True)
@@ -76,11 +86,61 @@ def by_model(ref: str) -> Reward:
     return lambda replies: model([reply.prompt for reply in replies], [reply.text for reply in replies])
 
 
+def passes_tests(seconds: float) -> Reward:
+    """1 where the program in the reply passes the row's test, in the sandbox.
+
+    A row is a problem in the form of HumanEval, MBPP or HumanEval-X, in Python.
+    """
+    runner = Runner(["python"], cores(), backend_of(CodeConfig()))
+    atexit.register(runner.__exit__)  # it serves as long as the run
+
+    def judge(replies: Sequence[Reply]) -> list[float]:
+        found = [0.0] * len(replies)
+        work = []
+        for place, reply in enumerate(replies):
+            problem = parse(reply.row)
+            work.append((place, check(problem, from_chat(reply.text, problem), seconds)))
+        for place, verdict in runner.each(work):
+            found[place] = float(verdict.passed)
+        return found
+
+    return judge
+
+
+def by_server(url: str, seconds: float) -> Reward:
+    """What a server says of all replies of a rollout, asked at once; asked again where it doesn't answer."""
+    session = patient_session()
+
+    def judge(replies: Sequence[Reply]) -> list[float]:
+        body: dict[str, Any] = {
+            "prompts": [reply.prompt for reply in replies],
+            "replies": [reply.text for reply in replies],
+        }
+        try:
+            answer = session.post(url, json=body, timeout=seconds)
+        except RequestException as error:
+            raise UserError(
+                f"the reward {url} does not answer: {type(error).__name__}",
+                "see that its server runs; the same command goes on from the last checkpoint",
+            ) from None
+        if answer.status_code != 200:
+            raise UserError(f"the reward {url} says {answer.status_code}: {answer.text[:300]}", "mend that")
+        try:
+            found = answer.json()["rewards"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"the reward {url} answers {answer.text[:100]!r}", 'it should answer {"rewards": […]}'
+            ) from None
+        return [float(value) for value in found]
+
+    return judge
+
+
 def make_reward(sources: Sequence[RewardSource]) -> Reward:
     """The weighted sum of the sources, each checked. Raises UserError for one that can't be."""
     if not sources:
         raise UserError(
-            "no reward is given", f"e.g. rewards=[{{rule: exact_number}}]; rules: {', '.join(RULES)}"
+            "no reward is given", f"e.g. rewards=[{{rule: exact_number}}]; rules: tests, {', '.join(RULES)}"
         )
     parts = [(source.weight, _named(source), source.name) for source in sources]
 
@@ -115,8 +175,12 @@ def checked(reward: Reward, replies: Sequence[Reply], name: str) -> list[float]:
 
 
 def _named(source: RewardSource) -> Reward:
+    if source.rule == "tests":
+        return passes_tests(source.seconds)
     if source.rule is not None:
         return RULES[source.rule]
     if source.regex is not None:
         return matches(source.regex)
+    if source.url is not None:
+        return by_server(source.url, source.seconds)
     return by_model(str(source.model))

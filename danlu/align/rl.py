@@ -6,23 +6,27 @@ in common stands here.
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from danlu.align.advantages import gae, whitened
 from danlu.align.config import RLConfig
 from danlu.align.policy_losses import KL_ESTIMATORS, clipped
 from danlu.align.replies import replies_of
 from danlu.align.rewards import make_reward
 from danlu.align.rollouts import Drawer, Drawn, Places, Prompts, RolloutBatch, RolloutLoader, pack
 from danlu.core.errors import UserError
+from danlu.model import parallel
 from danlu.model.checkpoint import load
 from danlu.model.cross_entropy import log_probabilities, log_probs_of
 from danlu.model.lora import adapted_layers, without_adapter
 from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch
 from danlu.train.config import TrainConfig
+from danlu.train.run import Stopped
 
 
 def check(config: RLConfig, name: str) -> None:
@@ -33,10 +37,28 @@ def check(config: RLConfig, name: str) -> None:
         raise UserError(
             f"{name} with parallel {config.parallel}: the policy isn't spread", "set parallel ddp"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    replies, processes = config.batch_size * config.group_size, int(os.environ.get("WORLD_SIZE", "1"))
+    if replies < config.updates * processes:
         raise UserError(
-            f"{name} in several processes: each would draw the same replies", "start it without torchrun"
+            f"{name}: {replies} replies in a rollout, for {config.updates} updates in {processes} processes",
+            "raise batch_size or lower updates",
         )
+
+
+@dataclass
+class Share:
+    """Of one update, the replies that this process learns from."""
+
+    numbers: list[int]
+    """Which of the rollout's they are"""
+    drawn: Sequence[Drawn]
+    places: Places
+    batch: RolloutBatch
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """(B, T) of each token the log ratio of the policy that drew it and the reference."""
+        return KL_ESTIMATORS["k1"](self.batch.old, self.batch.reference)
 
 
 class Policy:
@@ -51,7 +73,7 @@ class Policy:
         self.prompts = Prompts(config.data, self.tokenizer, config)
         self.reward = make_reward(config.rewards)
         self.reference: Transformer | None = None
-        self.shown: dict[str, float] = {}
+        self._seen: list[tuple[dict[str, float], float, float]] = []
 
     @property
     def once(self) -> bool:
@@ -64,7 +86,7 @@ class Policy:
     def objective(self, model: Transformer) -> "Policy":
         """`model`: as it is before the run; of it a copy is kept where a reference is needed."""
         self.model = model
-        if self.config.kl and not adapted_layers(model):
+        if self.is_held and not adapted_layers(model):
             self.reference = load(str(self.config.init_from), dtype=torch.float32)[0].requires_grad_(False)
         self.drawer = Drawer(model, self.tokenizer, self.config, self.reward)
         return self
@@ -76,49 +98,94 @@ class Policy:
         return self.rollouts
 
     def finish_rollout(self, drawn: Sequence[Drawn]) -> tuple[list[RolloutBatch], dict[str, float]]:
-        """The batches of one rollout's updates, and its figures."""
+        """The batches of one rollout's updates, this process's part of each, and the rollout's figures."""
+        figures = self.said(drawn)
+        shares = [self.look(part, [drawn[i] for i in part]) for part in self.parts(len(drawn))]
+        if self.is_held:
+            sums = [float((share.log_ratio * share.batch.weights).sum()) for share in shares]
+            figures["reply_kl"] = parallel.sum_over_ranks([sum(sums)])[0] / len(drawn)
+            if self.config.stop_kl and figures["reply_kl"] > self.config.stop_kl:
+                raise Stopped(
+                    f"replies are {figures['reply_kl']:.2f} nats from the reference, stop_kl is "
+                    f"{self.config.stop_kl:g}"
+                )
+        self._end_where_nothing_is_learnt(figures)
+        self.judge(shares, drawn, figures)
+        return [share.batch for share in shares] * self.config.passes, figures
+
+    def judge(self, shares: Sequence[Share], drawn: Sequence[Drawn], figures: dict[str, float]) -> None:
+        """Sets the advantages in the shares, of all that were `drawn`; adds to the figures."""
         raise NotImplementedError("PPO's or GRPO's")
 
     def said(self, drawn: Sequence[Drawn]) -> dict[str, float]:
-        """Figures of a rollout."""
-        rewards = torch.tensor([one.reward for one in drawn]).view(-1, self.config.group_size)
+        """Figures of a rollout; `alike`: share of the groups whose rewards are equal (of one: of all)."""
+        rewards = torch.tensor([one.reward for one in drawn])
+        groups = rewards.view(-1, self.config.group_size) if self.config.group_size > 1 else rewards[None]
         return {
             "reward": float(rewards.mean()),
             "reply_tokens": sum(len(one.ids) for one in drawn) / len(drawn),
             "ended": sum(one.reply.ended for one in drawn) / len(drawn),
-            "alike": float((rewards == rewards[:, :1]).all(1).float().mean()),
+            "alike": float((groups == groups[:, :1]).all(1).float().mean()),
         }
 
-    def parts(self, drawn: Sequence[Drawn]) -> list[list[int]]:
-        """The replies of each update."""
-        n = self.config.updates
-        return [part for part in (list(range(first, len(drawn), n)) for first in range(n)) if part]
+    def _end_where_nothing_is_learnt(self, figures: dict[str, float]) -> None:
+        before = self.rollouts.figures.get("alike_for", 0.0)
+        figures["alike_for"] = before + 1 if figures["alike"] == 1 else 0.0
+        if self.config.stop_alike and figures["alike_for"] >= self.config.stop_alike:
+            raise Stopped(
+                f"all rewards were alike in {self.config.stop_alike} rollouts, the last "
+                f"{figures['reward']:g}: nothing can be learnt from them"
+            )
+
+    def parts(self, n: int) -> list[list[int]]:
+        """Of each update the replies that this process learns from."""
+        rank, size, updates = parallel.rank(), parallel.world_size(), self.config.updates
+        return [list(range(first, n, updates))[rank::size] for first in range(min(updates, n))]
 
     def held_out_batches(self, config: TrainConfig) -> Iterator[Batch]:
         """One reply to each held-out prompt."""
         rows = [self.prompts.rows[number] for number in self.prompts.held_out]
         if rows:
             drawn = self.drawer.draw(rows, 1, 0)
-            batch, places = pack(drawn, self.config.sequence_length)
+            batch, places = pack([one.pair for one in drawn], self.config.sequence_length)
             rewards = spread(torch.tensor([one.reward for one in drawn]), places, batch.weights)
             others = dict.fromkeys(FIELDS, rewards)  # the others are not looked at here
             yield RolloutBatch(**vars(batch), **others)
 
-    def on_device(self, drawn: Sequence[Drawn]) -> tuple[Batch, Places, Tensor]:
-        """The packed replies, where they stand, and the engine's log-probabilities."""
-        batch, places = pack(drawn, self.config.sequence_length)
-        engine = torch.zeros_like(batch.weights)
+    @torch.no_grad()
+    def look(self, numbers: list[int], drawn: Sequence[Drawn]) -> Share:
+        """The replies packed, with what policy and reference say of them, as yet without a judgement."""
+        packed, places = pack([one.pair for one in drawn], self.config.sequence_length)
+        engine = torch.zeros_like(packed.weights)
         for row, spans in enumerate(places):
             for number, begin, end in spans:
                 engine[row, begin:end] = torch.tensor(drawn[number].log_probs)
         device = self.model.embedding.weight.device
-        return batch.to(device), places, engine.to(device)
+        packed, engine = packed.to(device), engine.to(device)
+        old, values = self.of_policy(packed)
+        zeros = torch.zeros_like(engine)
+        batch = RolloutBatch(
+            **vars(packed),
+            advantages=zeros,
+            engine=engine,
+            old=engine if old is None else old,
+            reference=self.of_reference(packed) if self.is_held else zeros,
+            values=zeros if values is None else values,
+            returns=zeros,
+        )
+        return Share(numbers, drawn, places, batch)
 
-    @torch.no_grad()
+    def of_policy(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Log-probabilities of the replies under the policy as it is, and values, where they are needed."""
+        return None if self.once else log_probabilities(self.model, batch, counted=True), None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the divergence from a reference counts."""
+        return self.config.kl > 0 or self.config.stop_kl > 0
+
     def of_reference(self, batch: Batch) -> Tensor:
-        """Log-probabilities under the model before the run; zeros where none is needed."""
-        if not self.config.kl:
-            return torch.zeros_like(batch.weights)
+        """Log-probabilities under the model before the run."""
         if self.reference is None:
             with without_adapter(self.model):
                 return log_probabilities(self.model, batch, counted=True)
@@ -128,6 +195,7 @@ class Policy:
     # The objective
 
     def count(self, batch: Batch) -> Tensor:
+        self._seen = []  # all are counted before the first loss
         n = batch.weights.sum() if self.config.averaging == "token" else len(replies_of(batch).rank)
         return torch.as_tensor(n, dtype=torch.float64, device=batch.ids.device)
 
@@ -137,8 +205,11 @@ class Policy:
         log_probs, entropies = log_probs_of(model, batch, hidden, counted=True)
         log_ratio = log_probs - (log_probs.detach() if self.once else batch.old)
         losses = clipped(log_ratio, batch.advantages, self.config.clip_low, self.config.clip_high)
+        if self.config.engine_cap:
+            drawn_by_another = (log_probs - log_ratio).detach() - batch.engine
+            losses = losses * drawn_by_another.exp().clamp(max=self.config.engine_cap)
         losses = losses + self.further(model, batch, hidden, log_probs)
-        self._show(batch, log_probs.detach(), log_ratio.detach(), entropies)
+        self._see(batch, log_probs.detach(), log_ratio.detach(), entropies)
         return (losses * self._weights(batch)).sum() / count
 
     def further(self, model: Transformer, batch: RolloutBatch, hidden: Tensor, log_probs: Tensor) -> Any:
@@ -160,18 +231,29 @@ class Policy:
             .view_as(batch.weights)
         )
 
-    def _show(self, batch: RolloutBatch, log_probs: Tensor, log_ratio: Tensor, entropies: Tensor) -> None:
+    def _see(self, batch: RolloutBatch, log_probs: Tensor, log_ratio: Tensor, entropies: Tensor) -> None:
+        """Keeps what `shown` says of this part of a step."""
         ratio, before = log_ratio.exp(), log_probs - log_ratio
         outside = (ratio < 1 - self.config.clip_low) | (ratio > 1 + self.config.clip_high)
-        self.shown = {
-            **self.rollouts.figures,
-            "entropy": counted_mean(entropies, batch),
-            "clipped": counted_mean(outside.float(), batch),
-            # Between two programs that compute the same: 0 but for rounding.
-            "engine_gap": float(((before - batch.engine).abs() * batch.weights).max()),
-        }
-        if self.config.kl:
-            self.shown["kl"] = counted_mean(KL_ESTIMATORS["k1"](log_probs, batch.reference), batch)
+        tokens = {"entropy": entropies, "clipped": outside.float()}
+        if self.is_held:
+            tokens["kl"] = KL_ESTIMATORS["k1"](log_probs, batch.reference)
+        sums = {name: float((values * batch.weights).sum()) for name, values in tokens.items()}
+        gap = float(((before - batch.engine).abs() * batch.weights).max())
+        self._seen.append((sums, float(batch.weights.sum()), gap))
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """Of the rollout, and means over the tokens of the last step, in all its parts and processes.
+
+        `engine_gap`, the largest difference between two programs that compute the same, is rounding.
+        """
+        seen = [part for process in parallel.gather(self._seen) for part in process]
+        if not seen:
+            return self.rollouts.figures
+        n = sum(tokens for _, tokens, _ in seen)
+        means = {name: sum(sums[name] for sums, _, _ in seen) / n for name in seen[0][0]}
+        return {**self.rollouts.figures, **means, "engine_gap": max(gap for _, _, gap in seen)}
 
     def sums(self, model: Transformer, batch: Batch) -> Sequence[float]:
         assert isinstance(batch, RolloutBatch)
@@ -202,6 +284,37 @@ def spread(values: Tensor, places: Places, like: Tensor) -> Tensor:
     return found
 
 
-def counted_mean(values: Tensor, batch: Batch) -> float:
-    """Over the tokens that count."""
-    return float((values * batch.weights).sum() / batch.weights.sum())
+def end_rewards(share: Share) -> Tensor:
+    """(B, T): each reply's reward at its last token."""
+    found = torch.zeros_like(share.batch.weights)
+    for row, spans in enumerate(share.places):
+        for number, _, end in spans:
+            found[row, end - 1] = share.drawn[number].reward
+    return found
+
+
+def by_reply_gae(rewards: Tensor, values: Tensor, places: Places, discount: float, decay: float) -> Tensor:
+    """`gae` of replies that are packed: (B, T)."""
+    spans = [(row, begin, end) for row, of_row in enumerate(places) for _, begin, end in of_row]
+    longest = max(end - begin for _, begin, end in spans)
+    index = torch.tensor([[row, begin] for row, begin, _ in spans], device=rewards.device)
+    offsets = torch.arange(longest, device=rewards.device)
+    lengths = torch.tensor([end - begin for _, begin, end in spans], device=rewards.device)
+    mask = offsets < lengths[:, None]
+    column = (index[:, 1:] + offsets).clamp(max=rewards.shape[1] - 1)
+    row = index[:, :1].expand_as(column)
+    found = gae(rewards[row, column] * mask, values[row, column] * mask, mask.float(), discount, decay)
+    out = torch.zeros_like(rewards)
+    out[row[mask], column[mask]] = found[mask]
+    return out
+
+
+def whiten(shares: Sequence[Share]) -> None:
+    """Advantages of mean 0 and variance 1 over the rollout's tokens, in all processes."""
+    batches = [share.batch for share in shares]
+    whole, mask = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("advantages", "weights")
+    )
+    white = whitened(whole, mask, total=parallel.sum_over_ranks)
+    for batch, part in zip(batches, white.split([len(batch.ids) for batch in batches]), strict=True):
+        batch.advantages = part

@@ -22,6 +22,7 @@ from danlu.data.documents import read_rows
 from danlu.data.prepare import PARTS
 from danlu.generate.engine import Completion, Engine
 from danlu.generate.sampling import SamplingParams
+from danlu.model import parallel
 from danlu.model.transformer import Transformer
 from danlu.tokens.chat import render_prompt
 from danlu.tokens.loader import Batch
@@ -36,7 +37,7 @@ class RolloutBatch(Batch):
     engine: Tensor
     """Log-probabilities as the engine computed them that drew the replies"""
     old: Tensor
-    """The same as the trainer computes them; 0 where they are those of the only update"""
+    """The same as the trainer computes them; the engine's where they are those of the only update"""
     reference: Tensor
     """Log-probabilities under the reference; 0 without one"""
     values: Tensor
@@ -59,6 +60,10 @@ class Drawn:
     reward: float
     log_probs: list[float]
     """Under the engine that drew it"""
+
+    @property
+    def pair(self) -> tuple[list[int], list[int]]:
+        return self.prompt, self.ids
 
 
 class Prompts:
@@ -137,20 +142,43 @@ class Drawer:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: RLConfig, reward: Reward) -> None:
         self.engine, self.tokenizer = Engine(model, tokenizer, dtype=config.rollout_dtype), tokenizer
         self.config, self.reward = config, reward
-        self.seconds = {"generation": 0.0, "reward": 0.0}
+        self.seconds: dict[str, float] = {}
+        """What the last draw took here."""
 
     def draw(
         self, rows: Sequence[tuple[Messages, dict[str, Any], list[int]]], n: int, seed: int
     ) -> list[Drawn]:
-        """`n` replies to each prompt, one prompt's after the other's."""
+        """`n` replies to each prompt, one prompt's after the other's.
+
+        Each process draws those to its part of the prompts; all get them all.
+        """
+        rank, size = parallel.rank(), parallel.world_size()
+        first = list(range(0, len(rows) * n, n))  # a reply's draws hang on its place only
+        shares = parallel.gather(self._draw(rows[rank::size], n, seed, first[rank::size]))
+        return [
+            one
+            for number in range(len(rows))
+            for one in shares[number % size][number // size * n : (number // size + 1) * n]
+        ]
+
+    def _draw(
+        self,
+        rows: Sequence[tuple[Messages, dict[str, Any], list[int]]],
+        n: int,
+        seed: int,
+        first: Sequence[int],
+    ) -> list[Drawn]:
         begin = time.monotonic()
         config = self.config
         prompts = [ids for _, _, ids in rows for _ in range(n)]
         params = [
             SamplingParams(
-                max_tokens=config.max_tokens, temperature=config.temperature, seed=seed * 1_000_003 + place
+                max_tokens=config.max_tokens,
+                temperature=config.temperature,
+                seed=seed * 1_000_003 + place + number,
             )
-            for place in range(len(prompts))
+            for place in first
+            for number in range(n)
         ]
         found = self.engine.generate(prompts, params)
         middle = time.monotonic()
@@ -161,8 +189,10 @@ class Drawer:
             )
         ]
         rewards = self.reward(replies)
-        self.seconds["generation"] += middle - begin
-        self.seconds["reward"] += time.monotonic() - middle
+        self.seconds = {
+            "generation_seconds": middle - begin,
+            "reward_seconds": time.monotonic() - middle,
+        }
         return [
             Drawn(prompt, completion.ids, reply, value, completion.logprobs)
             for prompt, completion, reply, value in zip(prompts, found, replies, rewards, strict=True)
@@ -173,32 +203,32 @@ class Drawer:
         return Reply(messages, text, row, completion.finish_reason == "stop")
 
 
-def pack(drawn: Sequence[Drawn], length: int) -> tuple[Batch, Places]:
-    """The replies packed, best fit, each behind its prompt."""
+def pack(pairs: Sequence[tuple[list[int], list[int]]], length: int) -> tuple[Batch, Places]:
+    """Pairs of a prompt and a reply packed, best fit; the tokens of the replies count."""
     room: list[tuple[int, int]] = []
     rows: Places = []
     used: list[int] = []
-    for number, one in enumerate(drawn):
-        pairs = len(one.prompt) + len(one.ids) - 1
-        slot = bisect_left(room, (pairs, -1))
+    for number, (prompt, reply) in enumerate(pairs):
+        size = len(prompt) + len(reply) - 1
+        slot = bisect_left(room, (size, -1))
         if slot < len(room):
             left, row = room.pop(slot)
         else:
             left, row = length, len(rows)
             rows.append([])
             used.append(0)
-        begin = used[row] + len(one.prompt) - 1
-        rows[row].append((number, begin, begin + len(one.ids)))
-        used[row] += pairs
-        if left > pairs:
-            insort(room, (left - pairs, row))
+        begin = used[row] + len(prompt) - 1
+        rows[row].append((number, begin, begin + len(reply)))
+        used[row] += size
+        if left > size:
+            insort(room, (left - size, row))
     shape = (len(rows), length)
     ids, targets, positions = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     weights, segments = torch.zeros(shape), torch.full(shape, -1, dtype=torch.int32)
     for row, places in enumerate(rows):
         at = 0
         for segment, (number, begin, end) in enumerate(places):
-            whole = torch.tensor([*drawn[number].prompt, *drawn[number].ids])
+            whole = torch.tensor([token for part in pairs[number] for token in part])
             here = slice(at, at + len(whole) - 1)
             ids[row, here], targets[row, here] = whole[:-1], whole[1:]
             positions[row, here], segments[row, here] = torch.arange(len(whole) - 1), segment
@@ -231,7 +261,8 @@ class RolloutLoader:
         if not self._left:
             self.last = self.drawer.draw(self._next_prompts(), self.config.group_size, self.rollouts + 1)
             self.rollouts += 1
-            self._left, self.figures = self.finish(self.last)
+            self._left, figures = self.finish(self.last)
+            self.figures = {**figures, **self.drawer.seconds}
         return self._left.pop(0)
 
     def _next_prompts(self) -> list[Any]:
@@ -249,7 +280,7 @@ class RolloutLoader:
         """With the batches that are left: the policy that drew them is no longer there."""
         file = io.BytesIO()
         torch.save([vars(batch) for batch in self._left], file)
-        left = base64.b64encode(file.getvalue()).decode() if self._left else ""
+        left = parallel.gather(base64.b64encode(file.getvalue()).decode() if self._left else "")
         return {
             "epoch": self.epoch,
             "begin": self._begin,
@@ -261,6 +292,11 @@ class RolloutLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self._begin, self.rollouts = state["epoch"], state["begin"], state["rollouts"]
         self._left, self.figures = [], state["figures"]
-        if state["left"]:
-            file = io.BytesIO(base64.b64decode(state["left"]))
+        if len(state["left"]) != parallel.world_size() and any(state["left"]):
+            raise UserError(
+                f"{self.config.out} was left within a rollout by {len(state['left'])} processes",
+                "resume it with as many",
+            )
+        if any(state["left"]):
+            file = io.BytesIO(base64.b64decode(state["left"][parallel.rank()]))
             self._left = [RolloutBatch(**fields) for fields in torch.load(file, weights_only=True)]

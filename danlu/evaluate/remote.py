@@ -13,11 +13,10 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from requests import Response, Session
-from requests.adapters import HTTPAdapter
 from requests.exceptions import RequestException, RetryError
-from urllib3.util import Retry
 
 from danlu.core.errors import UserError
+from danlu.core.http import patient_session
 from danlu.core.progress import Progress
 from danlu.data.conversations import Messages
 from danlu.evaluate.harness import Instance, TemplateLM, generation_settings
@@ -26,8 +25,6 @@ T = TypeVar("T")
 
 AT_ONCE = 16
 """Requests on their way."""
-RETRIES = 6
-"""Of a request that gets no answer, or one that it should try again: after 0, 1, 2, 4 … seconds."""
 SECONDS = 600.0
 """That a server may take to answer."""
 
@@ -56,15 +53,7 @@ class ServedLM(TemplateLM):
     def _session(self) -> Session:
         """One a thread."""
         if not hasattr(self._local, "session"):
-            again = Retry(
-                total=RETRIES,
-                backoff_factor=1,
-                status_forcelist=(408, 429, 500, 502, 503, 504),
-                allowed_methods=None,
-            )
-            self._local.session = Session()
-            self._local.session.mount("http://", HTTPAdapter(max_retries=again))
-            self._local.session.mount("https://", HTTPAdapter(max_retries=again))
+            self._local.session = patient_session()
         return self._local.session
 
     def _get(self, path: str) -> Any:

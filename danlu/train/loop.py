@@ -5,7 +5,7 @@ from danlu.tokens.loader import Batch
 from danlu.train.config import TrainConfig
 from danlu.train.interrupt import Interrupt
 from danlu.train.result import TrainResult
-from danlu.train.run import Source, exactness
+from danlu.train.run import Source, Stopped, exactness
 from danlu.train.training import MakeObjective, Training
 
 
@@ -42,7 +42,11 @@ def train(
         training.begin()
         while training.step < config.steps:
             number = training.step + 1
-            batches = training.draw()
+            try:
+                batches = training.draw()
+            except Stopped as reason:
+                training.stop(str(reason))
+                break
             batches = hooks.batches(training.drawn, batches)
             scale = hooks.learning_rate(number, training.learning_rate_scale(number))
             result = training.update(batches, scale)

@@ -23,8 +23,11 @@ class Objective(Protocol):
     """What is said of a batch that counts nothing."""
     measure: str
     """The first of its figures."""
-    shown: dict[str, float]
-    """Further figures of the last step, for its row and the progress line."""
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """Further figures of the last step, for its row and the progress line; all processes ask together."""
+        ...
 
     def count(self, batch: Batch) -> Tensor:
         """Of one micro-batch; a float64 scalar."""

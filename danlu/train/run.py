@@ -43,6 +43,10 @@ class Source(Protocol):
     def held_out_batches(self, config: TrainConfig) -> Iterator[Batch]: ...
 
 
+class Stopped(Exception):
+    """A source has seen why the run should end before its last step."""
+
+
 class Data:
     """The tokens that a run learns from and is measured on. Raises UserError where they can't serve."""
 

@@ -192,9 +192,10 @@ class Training:
         self.seconds += elapsed
         self.checkpoints.check()
         if self.is_due(self.config.log_every):
+            shown = self.objective.shown
             self.journal.step(
                 number,
-                {"loss": result.loss, **self.objective.shown, "tokens/s": round(tokens / elapsed)},
+                {"loss": result.loss, **shown, "tokens/s": round(tokens / elapsed)},
                 loss=result.loss,
                 lr=self.config.optim.lr * scale,
                 grad_norm=result.grad_norm,
@@ -202,7 +203,7 @@ class Training:
                 tokens_per_second=tokens / elapsed,
                 memory=memory_bytes(self.device),
                 epoch=self.loader.epoch,
-                **self.objective.shown,
+                **shown,
             )
 
     def is_due(self, every: int) -> bool:
@@ -234,6 +235,13 @@ class Training:
         if packing is not None:
             figures = {"packed_bytes": packing.n_bytes, "packing_seconds": packing.seconds}
             self.journal.row(self.step, **figures)
+
+    def stop(self, reason: str) -> None:
+        """Ends the run before its last step, with the newest checkpoint."""
+        last = self.step
+        self._restore(self.checkpoints.steps()[-1])
+        self.journal.event(last, f"stopped: {reason}; the model of step {self.step} is kept")
+        self._evaluate()
 
     def interrupted(self) -> None:
         """Leaves a checkpoint and ends the run; the same command resumes it."""

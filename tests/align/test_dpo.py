@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from danlu.align.config import DPOConfig
-from danlu.align.dpo import PreferencePairs, dpo
+from danlu.align.dpo import Judged, PreferencePairs, dpo, make_objective
 from danlu.align.replies import replies_of
 from danlu.core.errors import UserError
 from danlu.core.metrics import read_metrics
@@ -85,21 +85,71 @@ def test_the_reference_is_the_model_before(
     torch.testing.assert_close(after.ref_rejected, before.rejected.detach())
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+@pytest.mark.parametrize("loss", ["dpo", "orpo", "kto"])
 def test_how_a_batch_is_cut_changes_no_gradient(
     loss: Any, preferences: Path, chat_model: Path, tmp_path: Path
 ) -> None:
     def gradients(parts: int) -> list[torch.Tensor]:
         model = load(chat_model, dtype=torch.float32)[0]
-        settings = config(preferences, chat_model, tmp_path, loss=loss)
-        step = TrainStep(
-            model, make_optimizer(model, settings.optim), objective=PreferencePairs(model, settings)
-        )
+        objective = make_objective(model, config(preferences, chat_model, tmp_path, loss=loss))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+        step = TrainStep(model, make_optimizer(model, objective.config.optim), objective=objective)
         step.accumulate(one_batch(preferences).split(parts))
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     for whole, cut in zip(gradients(1), gradients(6), strict=True):
         torch.testing.assert_close(cut, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_kto_by_loops(preferences: Path, chat_model: Path, tmp_path: Path) -> None:
+    """Its divergence from replies behind the next prompt of their sequence, and the loss of each reply."""
+    model = load(chat_model, dtype=torch.float32)[0]
+    settings = config(preferences, chat_model, tmp_path, loss="kto", numbers={"beta": 0.3, "bad_weight": 1.5})
+    objective = Judged(model, settings)
+    reference = load(chat_model, dtype=torch.float32)[0]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    batch = one_batch(preferences)
+
+    def log_ratio(prompt: list[int], reply: list[int]) -> float:
+        ids = torch.tensor([[*prompt, *reply]])
+        found = []
+        for which in (model, reference):
+            logs = which(ids[:, :-1])[0].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            found.append(float(logs[len(prompt) - 1 :].sum()))
+        return found[0] - found[1]
+
+    own: list[tuple[bool, float]] = []
+    crossed: list[float] = []
+    with torch.no_grad():
+        for row in range(len(batch.ids)):
+            first: dict[int, tuple[list[int], list[int]]] = {}
+            for segment in sorted(set(batch.segments[row].tolist()) - {-1}):
+                places = [t for t in range(batch.ids.shape[1]) if batch.segments[row, t] == segment]
+                learnt = [t for t in places if batch.weights[row, t] > 0]
+                prompt = batch.ids[row, places[0] : learnt[0] + 1].tolist()
+                reply = batch.targets[row, learnt[0] : learnt[-1] + 1].tolist()
+                own.append((segment % 64 == 0, log_ratio(prompt, reply)))
+                first.setdefault(segment // 64, (prompt, reply))
+            inside = list(first.values())
+            if len(inside) > 1:
+                crossed += [
+                    log_ratio(inside[(n + 1) % len(inside)][0], reply) for n, (_, reply) in enumerate(inside)
+                ]
+    kl = max(0.0, sum(crossed) / len(crossed))
+    assert kl > 0
+    expected = [
+        (1.0 if good else 1.5) * (1 - 1 / (1 + math.exp((-1 if good else 1) * 0.3 * (ratio - kl))))
+        for good, ratio in own
+    ]
+    loss = objective.loss(model, batch, float(objective.count(batch)))
+    assert objective._kl == pytest.approx(kl, abs=1e-3)
+    assert loss.item() == pytest.approx(sum(expected) / len(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +160,9 @@ def test_how_a_batch_is_cut_changes_no_gradient(
         ("ipo", {"beta": 0.3}),
         ("simpo", {"beta": 2.0}),
         ("orpo", {"beta": 0.5}),
+        ("kto", {"beta": 0.3}),
     ],
-    ids=["dpo", "cdpo", "ipo", "simpo", "orpo"],
+    ids=["dpo", "cdpo", "ipo", "simpo", "orpo", "kto"],
 )
 def test_a_rule_is_learnt(
     loss: str, numbers: Any, preferences: Path, chat_model: Path, tmp_path: Path

@@ -7,19 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from danlu.align import rewards as reward_table
 from danlu.align.config import GRPOConfig
 from danlu.align.grpo import Grouped, grpo
-from danlu.align.rewards import Reply, checked, make_reward
 from danlu.align.rollouts import RolloutBatch
 from danlu.core.errors import UserError
 from danlu.core.metrics import read_metrics
 from danlu.data.config import DataConfig
 from danlu.data.prepare import prepare
-from danlu.model.checkpoint import load
+from danlu.model.checkpoint import load, save_model
 from danlu.model.config import LoraConfig
 from danlu.model.lora import add_adapter
 from danlu.tokens.loader import Batch
+from danlu.train.checkpoint import load_weights_and_moments
 from danlu.train.loop import Hooks
 from danlu.train.optim import make_optimizer
 from danlu.train.step import TrainStep
@@ -121,7 +120,104 @@ def test_how_a_batch_is_cut_changes_no_gradient(
         torch.testing.assert_close(cut, whole, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("advantage", ["group", "centred", "leave_one_out"])
+def test_reinforce_pp_by_loops(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    """A token's advantage: the reward, less the divergence of what comes from it on, whitened."""
+    settings = config(prompts, chat_model, tmp_path, advantage="global", kl=0.1)
+    model = load(str(settings.init_from), dtype=torch.float32)[0]
+    source = Grouped(settings)
+    source.objective(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    loader = source.loader(settings)
+    batch = next(loader)
+    assert isinstance(batch, RolloutBatch)
+    assert source.is_held
+    found, expected = [], []
+    rewards = {(*one.prompt, *one.ids): one.reward for one in loader.last}
+    for row in range(len(batch.ids)):
+        for segment in batch.segments[row].unique().tolist():
+            here = batch.segments[row] == segment
+            if segment < 0:
+                continue
+            whole = (int(batch.ids[row, here][0]), *batch.targets[row, here].tolist())
+            learnt = batch.weights[row, here] > 0
+            found += batch.advantages[row, here][learnt].tolist()
+            later, own = 0.0, []
+            gaps = (batch.engine - batch.reference)[row, here][learnt].tolist()
+            for gap in gaps[::-1]:
+                later += gap
+                own.append(rewards[whole] - 0.1 * later)
+            expected += own[::-1]
+    mean = sum(expected) / len(expected)
+    deviation = (sum((x - mean) ** 2 for x in expected) / (len(expected) - 1)) ** 0.5
+    assert found == pytest.approx([(x - mean) / deviation for x in expected], abs=1e-4)
+
+
+def test_truncated_importance_weights(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    """Where the engine drew a token with another probability, its loss counts by the ratio, up to the cap."""
+    losses = {}
+    for cap in (0.0, 1.5):
+        settings = config(prompts, chat_model, tmp_path, engine_cap=cap, averaging="token")
+        model, source, batch = started(settings)
+        gaps = torch.where(torch.arange(batch.weights.shape[1]) % 2 == 0, -1.0, 0.3) * batch.weights
+        batch.engine = batch.engine + gaps
+        losses[cap] = source.loss(model, batch, float(source.count(batch))).item()
+    weights = torch.where(gaps < 0, 1.5, (-gaps).exp())
+    n = batch.weights.sum().item()
+    assert losses[0] == pytest.approx(-(batch.advantages * batch.weights).sum().item() / n, abs=1e-6)
+    expected = -(batch.advantages * weights * batch.weights).sum().item() / n
+    assert losses[1.5] == pytest.approx(expected, abs=1e-5)
+    assert abs(losses[1.5] - losses[0]) > 1e-3
+
+
+def test_a_run_that_strays_is_stopped(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    """Its last checkpoint is the result; a run that doesn't stray goes on to its end."""
+    values: dict[str, Any] = {"optim": {"lr": 3e-2, "weight_decay": 0.0}, "checkpoint_every": 2}
+    settings = config(prompts, chat_model, tmp_path, steps=40, stop_kl=1.0, **values)
+    result = grpo(settings)
+    rows = [row for row in read_metrics(tmp_path) if "reply_kl" in row]
+    assert result.steps < 40
+    assert result.steps % 2 == 0
+    assert all(row["reply_kl"] <= 1 for row in rows)
+    assert "nats from the reference, stop_kl is 1; the model of step" in (tmp_path / "logbook.md").read_text()
+    checkpoint = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    assert checkpoint.name == f"step-{result.steps:08}"
+    other = load(result.model)[0]
+    optimizer = make_optimizer(other, settings.optim)
+    saved = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    load_weights_and_moments(checkpoint, other, optimizer)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in other.state_dict().items())
+    calm = grpo(config(prompts, chat_model, tmp_path / "calm", steps=2, stop_kl=100.0))
+    assert calm.steps == 2
+
+
+def test_rewards_that_are_all_alike_end_a_run(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    result = grpo(config(prompts, chat_model, tmp_path, rewards=[{"regex": "^"}], steps=9, stop_alike=4))
+    assert result.steps == 0  # the only checkpoint
+    assert (
+        "all rewards were alike in 4 rollouts, the last 1: nothing can be learnt"
+        in (tmp_path / "logbook.md").read_text()
+    )
+    assert len([row for row in read_metrics(tmp_path) if "reward" in row]) == 3
+
+
+def test_a_policy_that_says_nothing(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    """Its replies are the token that ends them; they are rewarded and learnt from like any other."""
+    model, tokenizer = load(str(chat_model), dtype=torch.float32)
+    with torch.no_grad():
+        model.embedding.weight[tokenizer.eos_id] *= 1e3
+        model.embedding.weight[tokenizer.eos_id].abs_()
+        for layer in model.layers:
+            layer.ffn.down.weight.zero_()
+    save_model(model, tmp_path / "mute", tokenizer)
+    result = grpo(config(prompts, tmp_path / "mute", tmp_path / "out", steps=2, rewards=[{"rule": "length"}]))
+    rows = [row for row in read_metrics(tmp_path / "out") if "reward" in row]
+    assert result.steps == 2
+    assert all(0 <= row["reward"] < 1 for row in rows)
+
+
+@pytest.mark.parametrize("advantage", ["group", "centred", "leave_one_out", "global"])
 def test_a_rule_is_learnt(advantage: str, prompts: Path, chat_model: Path, tmp_path: Path) -> None:
     """Replies that begin with a letter of the alphabet's first half, for prompts that were held out too."""
     settings = {"advantage": advantage, "steps": 45, "held_out": 0.3}
@@ -171,52 +267,6 @@ def test_prompts_of_prepared_conversations(chat_model: Path, tmp_path: Path) -> 
         messages, row, _ = prompts.rows[number]
         a, b = messages[-1]["content"].removesuffix("=").split("+")
         assert int(row["answer"]) == int(a) + int(b)
-
-
-# Rewards
-
-ASKED = [{"role": "user", "content": "2 + 2?"}]
-
-
-def test_rules() -> None:
-    replies = [
-        Reply(ASKED, text, {"answer": "4"}, done)
-        for text, done in (("It is 4.", True), ("4 or 5", False), (" 4\n", True))
-    ]
-    assert reward_table.exact_number(replies) == [1, 0, 1]
-    assert reward_table.exact_text(replies) == [0, 0, 1]
-    assert reward_table.ended(replies) == [1, 0, 1]
-    assert reward_table.matches(r"or \d")(replies) == [0, 1, 0]
-
-
-def test_a_sum_of_rewards(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
-    sources = config(
-        prompts,
-        chat_model,
-        tmp_path,
-        rewards=[{"rule": "exact_number", "weight": 2}, {"rule": "ended", "weight": -1}],
-    ).rewards
-    assert make_reward(sources)([Reply(ASKED, "4", {"answer": 4}, True)]) == [1]
-
-
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        (lambda replies: [float("nan")], "the reward mine is nan for the reply 'four'"),
-        (lambda replies: [float("inf")], "is inf"),
-        (lambda replies: [], "gives 0 numbers for 1 replies"),
-        (lambda replies: 1 / 0, "fails: ZeroDivisionError"),
-        (lambda replies: ["much"], "fails: ValueError"),
-        (reward_table.exact_number, "needs 'answer' in each prompt's row"),
-    ],
-)
-def test_rewards_that_are_none(reward: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        checked(
-            reward,
-            [Reply(ASKED, "four 4")] if reward is reward_table.exact_number else [Reply(ASKED, "four")],
-            "mine",
-        )
 
 
 @pytest.mark.parametrize(

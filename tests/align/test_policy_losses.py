@@ -11,7 +11,7 @@ import trl
 from datasets import Dataset
 from torch import Tensor
 
-from danlu.align.advantages import gae, group_normalised, leave_one_out, rewards_to_go, whitened
+from danlu.align.advantages import gae, group_normalised, leave_one_out, whitened
 from danlu.align.policy_losses import KL_ESTIMATORS, by_length, by_reply, clipped, clipped_values, k3
 from danlu.tokens.bpe import train_bpe
 
@@ -179,14 +179,6 @@ def test_gae_by_a_loop(discount: float, decay: float) -> None:
             later = [(discount * decay) ** (u - t) * delta[u] for u in tokens if u >= t]
             expected = float(sum(later)) if mask[i, t] else 0.0
             assert found[i, t].item() == pytest.approx(expected)
-
-
-def test_rewards_to_go() -> None:
-    rewards, mask = numbers(0, 2, 4).double(), torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]).double()
-    found = rewards_to_go(rewards, mask)
-    a, b = (rewards * mask).tolist()
-    expected = [[a[0] + a[1] + a[2], a[1] + a[2], a[2], 0], [0, b[1] + b[2] + b[3], b[2] + b[3], b[3]]]
-    torch.testing.assert_close(found, torch.tensor(expected).double())
 
 
 def test_whitening() -> None:

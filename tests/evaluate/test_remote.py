@@ -11,7 +11,6 @@ from small_models import save_random_model
 from small_servers import ask, listening
 
 from danlu.core.errors import UserError
-from danlu.evaluate import remote
 from danlu.evaluate.config import EvalConfig
 from danlu.evaluate.evaluate import evaluate
 from danlu.evaluate.remote import ServedLM
@@ -81,7 +80,7 @@ def test_what_the_server_says_is_told(port: int) -> None:
 
 def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tried again, and then told with what to do."""
-    monkeypatch.setattr(remote, "RETRIES", 1)
+    monkeypatch.setattr("danlu.core.http.RETRIES", 1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         free = taken.getsockname()[1]

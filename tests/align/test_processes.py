@@ -1,0 +1,174 @@
+"""Two processes are the same run as one, and a run that is killed ends as one that wasn't."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from danlu.core.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("processes_worker.py")
+RL: dict[str, Any] = {
+    "steps": 8,
+    "batch_size": 4,
+    "group_size": 4,
+    "updates": 2,
+    "max_tokens": 12,
+    "sequence_length": 96,
+    "dtype": "float32",
+    "compile": "off",
+    "held_out": 0.3,
+    "eval_every": 4,
+    "checkpoint_every": 4,
+    "kl": 0.05,
+    "optim": {"lr": 1e-3, "weight_decay": 0.0},
+    "schedule": {"name": "constant", "warmup": 0},
+    "rewards": [{"regex": "^[a-m ]"}],
+}
+
+
+def start(processes: int, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*command, str(WORKER), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def call(processes: int, *arguments: str) -> None:
+    process = start(processes, *arguments)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    animals = ("cat", "dog", "fox", "owl", "hare", "goose", "otter", "heron")
+    rows = [{"prompt": f"Where is the {name}{n * '!'}?"} for name in animals for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+LOSSES: list[tuple[str, dict[str, Any]]] = [
+    ("reward", {}),
+    ("reward", {"weighting": "ranking", "centre": 0.1}),
+    ("dpo", {}),
+    ("dpo", {"loss": "ipo"}),
+    ("dpo", {"loss": "simpo"}),
+    ("dpo", {"loss": "orpo"}),
+    ("dpo", {"loss": "kto"}),
+]
+
+
+@pytest.mark.parametrize(("verb", "options"), LOSSES, ids=str)
+def test_gradients_of_preferences_however_they_are_cut(
+    verb: str, options: dict[str, Any], preferences: Path, chat_model: Path, tmp_path: Path
+) -> None:
+    """Accumulated, in two processes, and both."""
+    settings = {"data": str(preferences), "init_from": str(chat_model), "out": str(tmp_path), "batch_size": 8}
+    settings |= {"sequence_length": 256, **options}
+    found = {}
+    for name, processes, accumulate in (
+        ("whole", 1, 1),
+        ("parts", 1, 4),
+        ("processes", 2, 1),
+        ("both", 2, 2),
+    ):
+        call(
+            processes,
+            "gradients",
+            str(tmp_path / name),
+            verb,
+            json.dumps({**settings, "accumulate": accumulate}),
+        )
+        found[name] = torch.cat([g.flatten() for g in torch.load(tmp_path / name)])
+    assert found["whole"].norm() > 0
+    for name in ("parts", "processes", "both"):
+        assert (found[name] - found["whole"]).norm() <= 2e-6 * found["whole"].norm(), name
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("grpo", {}),
+        ("grpo", {"advantage": "global"}),
+        ("ppo", {}),
+        ("ppo", {"whiten_rewards": True, "kl_target": 0.5}),
+    ],
+    ids=str,
+)
+def test_two_processes_draw_and_learn_as_one(
+    verb: str, options: dict[str, Any], prompts: Path, chat_model: Path, tmp_path: Path
+) -> None:
+    """Each draws replies to its part of the prompts and learns from its part of them; one in parts."""
+    curves = []
+    for processes, accumulate in ((1, 2), (2, 1)):
+        out = tmp_path / str(processes)
+        settings = {"data": str(prompts), "init_from": str(chat_model), "out": str(out), **RL, **options}
+        call(processes, verb, json.dumps({**settings, "accumulate": accumulate}))
+        curves.append(read_metrics(out))
+    one, two = curves
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    assert any("held_out_reward" in row for row in one)
+    for ours, theirs in zip(one, two, strict=True):
+        timed = {key for key in ours if "second" in key} | {"time", "memory", "tokens", "engine_gap"}
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - timed:
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-3, abs=2e-5), (ours["step"], key)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ppo_that_is_killed_ends_with_the_same_bytes(
+    processes: int, prompts: Path, chat_model: Path, tmp_path: Path
+) -> None:
+    """At random moments, within a rollout too: two updates are made of one."""
+    options = {"steps": 24, "checkpoint_every": 3, "eval_every": 8, "kl_target": 0.5}
+    settings = {"data": str(prompts), "init_from": str(chat_model), **RL, **options}
+
+    def arguments(name: str) -> list[str]:
+        return ["ppo", json.dumps({**settings, "out": str(tmp_path / name)})]
+
+    begin = time.monotonic()
+    call(processes, *arguments("whole"))
+    whole = time.monotonic() - begin
+    chance, kills = random.Random(0), 0
+    for _ in range(40):
+        process = start(processes, *arguments("killed"))
+        try:
+            process.communicate(timeout=whole * chance.uniform(0.5, 0.95))
+        except subprocess.TimeoutExpired:
+            for child in children(process.pid):
+                os.kill(child, signal.SIGKILL)
+            process.kill()
+            process.communicate()
+            kills += 1
+        else:
+            assert process.returncode == 0
+            break
+    assert kills > 0
+    hashes = [
+        hashlib.sha256((tmp_path / name / "model" / "model.safetensors").read_bytes()).hexdigest()
+        for name in ("whole", "killed")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
