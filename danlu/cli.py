@@ -183,7 +183,7 @@ VERBS = [
         "grpo",
         "danlu.align.grpo:grpo",
         "danlu.align.config:GRPOConfig",
-        "Reinforcement learning by groups of replies: GRPO, Dr. GRPO, RLOO.",
+        "Reinforcement learning by groups of replies: GRPO, Dr. GRPO, RLOO, REINFORCE++.",
         stage=True,
         distributed=True,
         estimate="danlu.align.estimate:estimate_rollouts",
@@ -192,6 +192,20 @@ VERBS = [
         examples=(
             "grpo --data sums.jsonl --init-from runs/my/sft --out runs/my/grpo "
             "rewards='[{rule: exact_number}]'",
+        ),
+    ),
+    Verb(
+        "best-of-n",
+        "danlu.align.selection:best_of_n",
+        "danlu.align.config:BestOfNConfig",
+        "Draws several replies to each prompt and keeps the best, or pairs of them, as data.",
+        stage=True,
+        estimate="danlu.align.estimate:estimate_best_of_n",
+        show="danlu.core.show:show_result",
+        group=_TRAIN,
+        examples=(
+            "best-of-n --data prompts.jsonl --init-from runs/my/sft --reward-model runs/my/reward "
+            "--out runs/my/best n=16",
         ),
     ),
     Verb(
@@ -205,8 +219,8 @@ VERBS = [
         show="danlu.core.show:show_result",
         group=_TRAIN,
         examples=(
-            "ppo --data prompts.jsonl --init-from runs/my/sft --out runs/my/ppo "
-            "rewards='[{model: runs/my/reward}]'",
+            "ppo --data prompts.jsonl --init-from runs/my/sft --reward-model runs/my/reward "
+            "--out runs/my/ppo",
         ),
     ),
     Verb(

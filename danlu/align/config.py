@@ -1,10 +1,10 @@
 """Config of alignment. Imports no torch."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from danlu.core.config import Config, InputPath
+from danlu.core.config import Config, InputMark, InputPath, StageConfig
 from danlu.train.config import GuardConfig, OptimConfig, TrainConfig
 
 
@@ -83,23 +83,59 @@ class RewardSource(Config):
         return self
 
 
-class RLConfig(TrainConfig):
-    """What PPO and GRPO have in common: replies are drawn, rewarded and learnt from."""
+class Drawing(Config):
+    """How replies are drawn and rewarded."""
 
     data: InputPath = Field(
         description="prompts: output folder of `danlu data prepare`, or a JSONL file with prompt or messages "
         "in each row; of messages the last reply is the answer"
     )
+    reward_model: InputPath | None = Field(
+        None, description="a model of rewards, from `danlu reward`: a part of the sum, of weight 1"
+    )
     rewards: tuple[RewardSource, ...] = Field((), description="what replies are worth: parts of a sum")
-    batch_size: int = Field(16, ge=1, description="prompts in one rollout")
-    group_size: int = Field(8, ge=1, description="replies to each prompt")
     max_tokens: int = Field(64, ge=1, description="longest reply, in tokens")
+    sequence_length: int = Field(512, ge=2, description="longest prompt with its reply, in tokens")
     temperature: float = Field(
         1.0, gt=0, description="of the draws; the policy that learns has temperature 1"
     )
     rollout_dtype: Literal["bf16", "float32"] | None = Field(
         None, description="of the weights that replies are drawn with; default: as the model computes"
     )
+    held_out: float = Field(0.1, ge=0, lt=1, description="share of a file's prompts kept for evaluation")
+    held_out_prompts: int = Field(256, ge=0, description="most held-out prompts that are answered each time")
+    seed: int = Field(0, ge=0, description="seed of every random choice in this stage")
+
+    @property
+    def summed(self) -> tuple[RewardSource, ...]:
+        """All parts of the reward."""
+        model = () if self.reward_model is None else (RewardSource(model=self.reward_model),)
+        return (*model, *self.rewards)
+
+
+class BestOfNConfig(StageConfig, Drawing):
+    """`danlu best-of-n`: of several replies those with the best rewards become data."""
+
+    init_from: Annotated[str, InputMark()] | None = Field(None, description="chat model that answers")
+    n: int = Field(16, ge=2, description="replies to each prompt")
+    keep: Literal["best", "pairs"] = Field(
+        "best",
+        description="best: conversations, with the best reply; pairs: preferences, of the best and the worst",
+    )
+    least: float | None = Field(
+        None,
+        description="best: only replies that are worth so much, even if all are; else: where one is worth "
+        "more than another",
+    )
+    limit: int = Field(0, ge=0, description="only the first prompts that are learnt from; 0 = all")
+
+
+class RLConfig(Drawing, TrainConfig):
+    """What PPO and GRPO have in common: replies are drawn, rewarded and learnt from."""
+
+    sequence_length: int = Field(512, ge=2, description="tokens in a packed sequence")
+    batch_size: int = Field(16, ge=1, description="prompts in one rollout")
+    group_size: int = Field(8, ge=1, description="replies to each prompt")
     updates: int = Field(1, ge=1, description="optimiser steps on one rollout, each on a part of its replies")
     passes: int = Field(1, ge=1, description="how often a rollout's replies are learnt from")
     clip_low: float = Field(0.2, gt=0, description="the ratio of policies is cut at 1 − this")
@@ -131,8 +167,6 @@ class RLConfig(TrainConfig):
     guard: GuardConfig = Field(
         GuardConfig(remedy="off"), description="loss-spike guard: here the loss says nothing, only NaN counts"
     )
-    held_out: float = Field(0.1, ge=0, lt=1, description="share of a file's prompts kept for evaluation")
-    held_out_prompts: int = Field(256, ge=0, description="most held-out prompts that are answered each time")
     optim: OptimConfig = Field(OptimConfig(lr=1e-5, weight_decay=0.0), description="optimiser")
 
 

@@ -136,22 +136,32 @@ def by_server(url: str, seconds: float) -> Reward:
     return judge
 
 
-def make_reward(sources: Sequence[RewardSource]) -> Reward:
-    """The weighted sum of the sources, each checked. Raises UserError for one that can't be."""
-    if not sources:
-        raise UserError(
-            "no reward is given", f"e.g. rewards=[{{rule: exact_number}}]; rules: tests, {', '.join(RULES)}"
-        )
-    parts = [(source.weight, _named(source), source.name) for source in sources]
+class SummedReward:
+    """A weighted sum of rewards, each checked."""
 
-    def total(replies: Sequence[Reply]) -> list[float]:
-        sums = [0.0] * len(replies)
-        for weight, reward, name in parts:
-            for place, value in enumerate(checked(reward, replies, name)):
-                sums[place] += weight * value
-        return sums
+    def __init__(self, sources: Sequence[RewardSource]) -> None:
+        """Raises UserError where there is none, or one can't be."""
+        if not sources:
+            raise UserError(
+                "no reward is given",
+                f"e.g. rewards=[{{rule: exact_number}}]; rules: tests, {', '.join(RULES)}",
+            )
+        self.weights = [source.weight for source in sources]
+        self.names = [source.name for source in sources]
+        self._rewards = [_named(source) for source in sources]
 
-    return total
+    def parts(self, replies: Sequence[Reply]) -> list[tuple[float, ...]]:
+        """Of each reply what each part says."""
+        found = [
+            checked(reward, replies, name) for reward, name in zip(self._rewards, self.names, strict=True)
+        ]
+        return list(zip(*found, strict=True))
+
+    def total(self, parts: Sequence[float]) -> float:
+        return sum(weight * value for weight, value in zip(self.weights, parts, strict=True))
+
+    def __call__(self, replies: Sequence[Reply]) -> list[float]:
+        return [self.total(parts) for parts in self.parts(replies)]
 
 
 def checked(reward: Reward, replies: Sequence[Reply], name: str) -> list[float]:

@@ -16,9 +16,12 @@ from danlu.align.advantages import gae, whitened
 from danlu.align.config import RLConfig
 from danlu.align.policy_losses import KL_ESTIMATORS, clipped
 from danlu.align.replies import replies_of
-from danlu.align.rewards import make_reward
+from danlu.align.rewards import SummedReward
 from danlu.align.rollouts import Drawer, Drawn, Places, Prompts, RolloutBatch, RolloutLoader, pack
 from danlu.core.errors import UserError
+from danlu.core.files import read_jsonl
+from danlu.data.conversations import plain_text
+from danlu.evaluate.intervals import wilson_interval
 from danlu.model import parallel
 from danlu.model.checkpoint import load
 from danlu.model.cross_entropy import log_probabilities, log_probs_of
@@ -26,6 +29,7 @@ from danlu.model.lora import adapted_layers, without_adapter
 from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch
 from danlu.train.config import TrainConfig
+from danlu.train.journal import HELD_OUT
 from danlu.train.run import Stopped
 
 
@@ -71,7 +75,8 @@ class Policy:
         self.config = config
         self.tokenizer = load(str(config.init_from))[1]
         self.prompts = Prompts(config.data, self.tokenizer, config)
-        self.reward = make_reward(config.rewards)
+        self.reward = SummedReward(config.summed)
+        self._held_out: Sequence[Drawn] = ()
         self.reference: Transformer | None = None
         self._seen: list[tuple[dict[str, float], float, float]] = []
 
@@ -126,6 +131,17 @@ class Policy:
             "reply_tokens": sum(len(one.ids) for one in drawn) / len(drawn),
             "ended": sum(one.reply.ended for one in drawn) / len(drawn),
             "alike": float((groups == groups[:, :1]).all(1).float().mean()),
+            **self.by_part(drawn, "reward"),
+        }
+
+    def by_part(self, drawn: Sequence[Drawn], prefix: str) -> dict[str, float]:
+        """Means of the rewards that are summed, where there are several; one of weight 0 is only measured."""
+        names = self.reward.names
+        if len(names) == 1:
+            return {}
+        return {
+            f"{prefix}: {name}": sum(one.parts[place] for one in drawn) / len(drawn)
+            for place, name in enumerate(names)
         }
 
     def _end_where_nothing_is_learnt(self, figures: dict[str, float]) -> None:
@@ -146,7 +162,7 @@ class Policy:
         """One reply to each held-out prompt."""
         rows = [self.prompts.rows[number] for number in self.prompts.held_out]
         if rows:
-            drawn = self.drawer.draw(rows, 1, 0)
+            drawn = self._held_out = self.drawer.draw(rows, 1, 0)
             batch, places = pack([one.pair for one in drawn], self.config.sequence_length)
             rewards = spread(torch.tensor([one.reward for one in drawn]), places, batch.weights)
             others = dict.fromkeys(FIELDS, rewards)  # the others are not looked at here
@@ -263,10 +279,32 @@ class Policy:
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
         total, n = sums
-        return {"held_out_reward": total / n} if n else {}
+        if not n:
+            return {}
+        found = {"held_out_reward": total / n, **self.by_part(self._held_out, "held_out_reward")}
+        first = [row["reward"] for row in read_jsonl(self.config.out / HELD_OUT) if row["step"] == 0]
+        if len(first) == len(self._held_out):
+            wins = [
+                (one.reward > old) + 0.5 * (one.reward == old)
+                for one, old in zip(self._held_out, first, strict=True)
+            ]
+            share = sum(wins) / len(wins)
+            low, high = wilson_interval(share, len(wins))
+            found |= {"wins": share, "wins_low": low, "wins_high": high}
+        return found
+
+    def held_out_rows(self) -> Sequence[dict[str, Any]]:
+        return [
+            {"prompt": plain_text(one.reply.prompt), "reply": one.reply.text, "reward": one.reward}
+            for one in self._held_out
+        ]
 
     def text(self, figures: dict[str, float]) -> str:
-        return f"the mean reward of one reply to each held-out prompt is {figures['held_out_reward']:.4f}"
+        said = f"the mean reward of one reply to each held-out prompt is {figures['held_out_reward']:.4f}"
+        if "wins" in figures:
+            low, high = figures["wins_low"], figures["wins_high"]
+            said += f"; it beats the first model's in {figures['wins']:.1%} [{low:.1%}, {high:.1%}]"
+        return said
 
     def finish(self, model: Transformer) -> None:
         """Nothing."""

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from danlu.align.config import RLConfig
-from danlu.align.rewards import Reply, Reward
+from danlu.align.config import Drawing, RLConfig
+from danlu.align.rewards import Reply, SummedReward
 from danlu.core.errors import UserError
 from danlu.data.conversations import Messages, check_messages
 from danlu.data.documents import read_rows
@@ -60,6 +60,8 @@ class Drawn:
     reward: float
     log_probs: list[float]
     """Under the engine that drew it"""
+    parts: tuple[float, ...] = ()
+    """What the parts of its reward are"""
 
     @property
     def pair(self) -> tuple[list[int], list[int]]:
@@ -73,7 +75,7 @@ class Prompts:
     A conversation is a prompt up to its last reply, and that reply the answer.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, config: RLConfig) -> None:
+    def __init__(self, path: Path, tokenizer: Tokenizer, config: Drawing) -> None:
         """Raises UserError for a row without a prompt, and for one that leaves no room for a reply."""
         self.held_out: list[int] = []
         self.train: list[int] = []
@@ -99,7 +101,7 @@ class Prompts:
         return np.random.default_rng([seed, epoch]).permutation(self.train).tolist()
 
 
-def _parted(path: Path, config: RLConfig) -> Iterator[tuple[str, Messages, dict[str, Any], str]]:
+def _parted(path: Path, config: Drawing) -> Iterator[tuple[str, Messages, dict[str, Any], str]]:
     """(part, prompt, row, where) of each prompt."""
     if path.is_dir():
         for part in PARTS:
@@ -139,7 +141,9 @@ def _prompt(row: Any, where: str) -> tuple[Messages, dict[str, Any]]:
 class Drawer:
     """Draws replies from the policy as it is now, by one engine that keeps up with it."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: RLConfig, reward: Reward) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, config: Drawing, reward: SummedReward
+    ) -> None:
         self.engine, self.tokenizer = Engine(model, tokenizer, dtype=config.rollout_dtype), tokenizer
         self.config, self.reward = config, reward
         self.seconds: dict[str, float] = {}
@@ -188,14 +192,14 @@ class Drawer:
                 [row for row in rows for _ in range(n)], found, strict=True
             )
         ]
-        rewards = self.reward(replies)
+        parts = self.reward.parts(replies)
         self.seconds = {
             "generation_seconds": middle - begin,
             "reward_seconds": time.monotonic() - middle,
         }
         return [
-            Drawn(prompt, completion.ids, reply, value, completion.logprobs)
-            for prompt, completion, reply, value in zip(prompts, found, replies, rewards, strict=True)
+            Drawn(prompt, completion.ids, reply, self.reward.total(own), completion.logprobs, own)
+            for prompt, completion, reply, own in zip(prompts, found, replies, parts, strict=True)
         ]
 
     def _reply(self, messages: Messages, row: dict[str, Any], completion: Completion) -> Reply:

@@ -117,6 +117,34 @@ def line_chart(rows: Sequence[Row], name: str, key: str, ylabel: str, scale: flo
     return drawn.svg
 
 
+def reward_chart(rows: Sequence[Row], name: str) -> str:
+    """Reward of what the policy draws, raw and smoothed, and of its replies to held-out prompts."""
+    steps, values = series(rows, "reward")
+    calm = smooth(values, 1 - 1 / max(1.0, len(values) / 30))
+    held_steps, held = series(rows, "held_out_reward")
+    with chart(f"reward {name}", "step", "mean reward", 2.9) as drawn:
+        axes = drawn.axes
+        axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, calm, color=BLUE, linewidth=1.8, label="drawn to learn from")
+        if held:
+            axes.plot(held_steps, held, color=ORANGE, marker="o", markersize=4, label="held-out prompts")
+        axes.legend()
+        drawn.alt = f"Reward of {name} over {steps[-1]} steps, from {calm[0]:.3g} to {calm[-1]:.3g}"
+    return drawn.svg
+
+
+def gain_chart(rows: Sequence[Row], name: str) -> str:
+    """Reward over the root of the divergence that it costs, a point a rollout, later ones darker."""
+    found = [(row["reply_kl"], row["reward"]) for row in rows if {"reply_kl", "reward"} <= row.keys()]
+    with chart(f"gain {name}", "√ nats a reply from the model before", "mean reward", 2.9) as drawn:
+        for number, (kl, reward) in enumerate(found):
+            shade = 0.15 + 0.85 * number / len(found)
+            drawn.axes.plot(math.sqrt(max(kl, 0.0)), reward, "o", color=BLUE, alpha=shade, markersize=3)
+        kl, reward = found[-1]
+        drawn.alt = f"Reward of {name} over the divergence: {reward:.3g} at {kl:.3g} nats at the end"
+    return drawn.svg
+
+
 def bar_chart(values: Mapping[str, float], name: str, xlabel: str, ours: str = "", digits: int = 2) -> str:
     """Horizontal bars in the order given, each with its number; `ours` stands out."""
     labels, numbers = list(values), list(values.values())

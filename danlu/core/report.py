@@ -109,6 +109,7 @@ def _stage(folder: Path) -> dict[str, Any]:
         "curves": _thin([row for row in rows if "event" not in row]),
         "events": [row for row in rows if "event" in row],
         "samples": read_jsonl(folder / "samples.jsonl"),
+        "held_out": read_jsonl(folder / "held_out.jsonl"),
         "logbook": read_text(folder / "logbook.md") if (folder / "logbook.md").exists() else "",
     }
 
@@ -130,11 +131,11 @@ def _has_trained(stage: Mapping[str, Any]) -> bool:
 def _training(stage: Mapping[str, Any]) -> dict[str, Any]:
     """What is shown of a training stage."""
     rows, name = stage["curves"], stage["name"]
-    figures = [
+    figures = _reward_figures(rows, name) or [
         Figure(
             charts.loss_chart([*rows, *stage["events"]], name),
-            "Loss over the steps: how surprised the model is by the next token; lower is better. The faint "
-            "line is each step, the strong one their moving average; the dots are held-out text, which is "
+            f"Loss over the steps: {_LOSSES.get(stage['verb'], _LOSSES[''])}; lower is better. The faint "
+            "line is each step, the strong one their moving average; the dots are held-out data, which is "
             "never trained on: where they rise while the line falls, the model learns by heart.",
         )
     ]
@@ -151,7 +152,55 @@ def _training(stage: Mapping[str, Any]) -> dict[str, Any]:
     prompts: dict[str, list[dict[str, Any]]] = {}
     for row in stage["samples"]:
         prompts.setdefault(row["prompt"], []).append(row)
-    return {**stage, "figures": figures, "prompts": prompts}
+    return {**stage, "figures": figures, "prompts": prompts, "before_and_after": _compared(stage)}
+
+
+_LOSSES = {
+    "": "how surprised the model is by the next token",
+    "reward": "how wrong the model is about which of two replies is preferred",
+    "dpo": "how far the policy is from telling preferred replies from others",
+}
+"""By verb, what a loss means."""
+
+
+def _reward_figures(rows: Sequence[Mapping[str, Any]], name: str) -> list[Figure]:
+    """Of a policy that learns from rewards; none of another."""
+    if not charts.series(rows, "reward")[0]:
+        return []
+    figures = [
+        Figure(
+            charts.reward_chart(rows, name),
+            "What the policy's replies are worth. The faint line is each rollout, the strong one their "
+            "moving average; the dots are replies to prompts that it never learns from.",
+        )
+    ]
+    if charts.series(rows, "reply_kl")[0]:
+        figures.append(
+            Figure(
+                charts.gain_chart(rows, name),
+                "What it costs: how far the replies have gone from the model before. Where the points no "
+                "longer rise to the right, going on buys nothing; a model of rewards may be wrong out there.",
+            )
+        )
+    return figures
+
+
+def _compared(stage: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Replies to held-out prompts by the first and by the last model, and how often the last one wins."""
+    rows = stage["held_out"]
+    steps = sorted({row["step"] for row in rows})
+    if len(steps) < 2:
+        return None
+    before, after = ([row for row in rows if row["step"] == step] for step in (steps[0], steps[-1]))
+    wins = [row for row in stage["curves"] if row["step"] == steps[-1] and "wins" in row]
+    return {
+        "step": steps[-1],
+        "wins": wins[-1] if wins else None,
+        "pairs": [
+            {"prompt": one["prompt"], "before": one, "after": other}
+            for one, other in zip(before, after, strict=False)
+        ],
+    }
 
 
 def _costs(stages: Sequence[Mapping[str, Any]]) -> Figure | None:

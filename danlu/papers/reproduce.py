@@ -14,6 +14,7 @@ EXPERIMENTS = {
     "best-of-n": "danlu.papers.best_of_n:run",
     "chain-of-thought": "danlu.papers.chain_of_thought:run",
     "compression": "danlu.papers.compression:run",
+    "dpo": "danlu.papers.dpo:run",
     "few-shot": "danlu.papers.few_shot:run",
     "gopher": "danlu.papers.gopher:run",
     "inverse-prompting": "danlu.papers.inverse_prompting:run",

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, samples.jsonl, logbook.md and the progress line.
+"""What a run tells: metrics.jsonl, samples.jsonl, held_out.jsonl, logbook.md and the progress line.
 
 Only the main process tells anything; in the others every method does nothing.
 """
@@ -15,6 +15,8 @@ from danlu.core.metrics import Metrics, read_metrics
 from danlu.core.progress import Progress
 from danlu.train.config import TrainConfig
 
+HELD_OUT = "held_out.jsonl"
+
 
 class Journal:
     """`resume_step`: what was told about later steps is dropped (never from the logbook)."""
@@ -26,9 +28,9 @@ class Journal:
         self.metrics = Metrics(config.out, config.tensorboard, resume_step)
         self.progress = Progress(config.out.name, config.steps)
         self.progress.begin_at(resume_step or 0)
-        kept = [row for row in read_samples(self.folder) if resume_step and row["step"] <= resume_step]
-        with atomic_write(self.folder / "samples.jsonl") as file:
-            file.writelines(_line(row) for row in kept)
+        for name in ("samples.jsonl", HELD_OUT):
+            rows = read_jsonl(self.folder / name)
+            self._write(name, [row for row in rows if resume_step is not None and row["step"] <= resume_step])
 
     def step(self, step: int, show: dict[str, Any], **values: Any) -> None:
         """One row of metrics, and the progress line with the fields of `show`."""
@@ -56,6 +58,17 @@ class Journal:
             with os_errors(path), open(path, "a", encoding="utf-8") as file:
                 for prompt, text in zip(prompts, texts, strict=True):
                     file.write(_line({"step": step, "prompt": prompt, "text": text}))
+
+    def held_out(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """What an evaluation says besides its figures, a row for each held-out prompt."""
+        if self.main and rows:
+            others = [row for row in read_jsonl(self.folder / HELD_OUT) if row["step"] != step]
+            self._write(HELD_OUT, [*others, *({"step": step, **row} for row in rows)])
+
+    def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        if rows or (self.folder / name).exists():
+            with atomic_write(self.folder / name) as file:
+                file.writelines(_line(row) for row in rows)
 
     def has(self, step: int, key: str) -> bool:
         """Whether metrics already hold `key` for this step (after a resume)."""

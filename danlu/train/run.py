@@ -3,7 +3,7 @@
 import itertools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -41,6 +41,10 @@ class Source(Protocol):
         ...
 
     def held_out_batches(self, config: TrainConfig) -> Iterator[Batch]: ...
+
+    def held_out_rows(self) -> Sequence[dict[str, Any]]:
+        """What is to be said of the last evaluation besides its figures, for `held_out.jsonl`."""
+        ...
 
 
 class Stopped(Exception):
@@ -105,6 +109,9 @@ class Data:
         parts = parallel.data_processes(config.parallel) * config.accumulate
         batches = held_out_batches(self.held_out, config.batch_size // parts, config.sequence_length)
         return itertools.islice(batches, config.eval_batches * parts or None)
+
+    def held_out_rows(self) -> Sequence[dict[str, Any]]:
+        return ()
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Transformer:

@@ -223,6 +223,7 @@ class Training:
         batches = self.data.held_out_batches(self.config)
         figures = held_out.evaluate(self.objective, self.model, batches, self.device, self.config.parallel)
         if figures:
+            self.journal.held_out(self.step, self.data.held_out_rows())
             self.journal.event(self.step, self.objective.text(figures))
             self.journal.row(self.step, **figures)
 

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from small_models import save_random_model
 
 from danlu.data.config import DataConfig
@@ -49,4 +50,5 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def chat_model(preferences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = load_tokenizer(preferences / "tokenizer")
+    torch.manual_seed(0)  # the same whatever other tests have drawn
     return save_random_model(tmp_path_factory.mktemp("model") / "chat", tokenizer, noise=0.05)

@@ -1,6 +1,6 @@
 """What the processes of test_processes.py run, alone or under torchrun.
 
-VERB CONFIG: a run. gradients OUT VERB CONFIG: the gradients of its first step.
+VERB CONFIG: a run. gradients OUT [[VERB, CONFIG], …]: those of the first step of each.
 """
 
 import json
@@ -18,6 +18,7 @@ from danlu.model import parallel
 from danlu.model.checkpoint import load
 from danlu.tokens.loader import PackedLoader
 from danlu.tokens.shards import Shards
+from danlu.train.objective import Objective
 from danlu.train.step import TrainStep
 
 VERBS = {
@@ -35,15 +36,17 @@ class Recorder(torch.optim.SGD):
         self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def gradients(out: Path, verb: str, values: dict[str, object]) -> None:
+def gradients(verb: str, values: dict[str, object]) -> list[torch.Tensor]:
     """Of the first step of a loss of preferences."""
-    parallel.start(torch.device("cpu"))
     config = VERBS[verb][0].model_validate(values)
     model = load(str(config.init_from), dtype=torch.float32)[0]
     torch.manual_seed(0)
-    objective = (
-        Rewards(model, config) if isinstance(config, RewardConfig) else make_objective(model, config)  # type: ignore[arg-type]
-    )
+    objective: Objective
+    if isinstance(config, RewardConfig):
+        objective = Rewards(model, config)
+    else:
+        assert isinstance(config, DPOConfig)
+        objective = make_objective(model, config)
     with torch.no_grad():
         for parameter in model.parameters():  # away from the reference, where every loss is alike
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -57,18 +60,19 @@ def gradients(out: Path, verb: str, values: dict[str, object]) -> None:
         rank=rank,
         world_size=size,
     )
-    TrainStep(model, recorder, clip=0.0, objective=objective).step(
-        next(iter(loader)).split(config.accumulate)
-    )
-    if parallel.is_main():
-        torch.save(recorder.gradients, out)
+    step = TrainStep(model, recorder, clip=0.0, objective=objective)
+    step.step(next(iter(loader)).split(config.accumulate))
+    return recorder.gradients
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     task, *arguments = sys.argv[1:]
     if task == "gradients":
-        gradients(Path(arguments[0]), arguments[1], json.loads(arguments[2]))
+        parallel.start(torch.device("cpu"))
+        found = [gradients(verb, values) for verb, values in json.loads(arguments[1])]
+        if parallel.is_main():
+            torch.save(found, Path(arguments[0]))
     else:
         make, run = VERBS[task]
         run(make.model_validate(json.loads(arguments[0])))  # type: ignore[operator]

@@ -109,12 +109,13 @@ def test_kto_by_loops(preferences: Path, chat_model: Path, tmp_path: Path) -> No
     model = load(chat_model, dtype=torch.float32)[0]
     settings = config(preferences, chat_model, tmp_path, loss="kto", numbers={"beta": 0.3, "bad_weight": 1.5})
     objective = Judged(model, settings)
-    reference = load(chat_model, dtype=torch.float32)[0]
+    reference = objective.reference
+    assert reference is not None
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in reference.parameters():  # and not the policy: the estimate is to be above 0
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    batch = one_batch(preferences)
+    batch = next(PackedLoader(Shards(preferences / "train"), 3, 256, seed=3))
 
     def log_ratio(prompt: list[int], reply: list[int]) -> float:
         ids = torch.tensor([[*prompt, *reply]])

@@ -171,6 +171,20 @@ def test_truncated_importance_weights(prompts: Path, chat_model: Path, tmp_path:
     assert abs(losses[1.5] - losses[0]) > 1e-3
 
 
+def test_a_reward_that_is_only_measured(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    """Of weight 0: it stands beside the sum, and changes nothing."""
+    both = [{"regex": "^[a-m ]"}, {"rule": "length", "weight": 0}]
+    grpo(config(prompts, chat_model, tmp_path / "one", held_out=0.3))
+    grpo(config(prompts, chat_model, tmp_path / "two", held_out=0.3, rewards=both))
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    for ours, theirs in zip(one, two, strict=True):
+        for name in ("reward", "held_out_reward"):
+            assert theirs.get(name) == ours.get(name)
+            assert theirs.get(f"{name}: ^[a-m ]") == pytest.approx(ours[name]) if name in ours else True
+    assert all(row["reward: length"] > 0 for row in two if "reward" in row)
+    assert any(row.get("held_out_reward: length", 0) > 0 for row in two)
+
+
 def test_a_run_that_strays_is_stopped(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
     """Its last checkpoint is the result; a run that doesn't stray goes on to its end."""
     values: dict[str, Any] = {"optim": {"lr": 3e-2, "weight_decay": 0.0}, "checkpoint_every": 2}

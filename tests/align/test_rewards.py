@@ -14,7 +14,7 @@ import pytest
 from danlu.align import rewards as reward_table
 from danlu.align.config import GRPOConfig, RewardSource
 from danlu.align.grpo import grpo
-from danlu.align.rewards import Reply, checked, make_reward
+from danlu.align.rewards import Reply, SummedReward, checked
 from danlu.core.errors import UserError
 from danlu.core.metrics import read_metrics
 
@@ -52,7 +52,7 @@ def server(answer: Callable[[dict[str, Any]], Any], port: int = 0) -> Iterator[i
 
 
 def by_url(port: int, seconds: float = 5.0) -> reward_table.Reward:
-    return make_reward([RewardSource(url=f"http://127.0.0.1:{port}", seconds=seconds)])
+    return SummedReward([RewardSource(url=f"http://127.0.0.1:{port}", seconds=seconds)])
 
 
 def test_rules() -> None:
@@ -68,7 +68,9 @@ def test_rules() -> None:
 
 def test_a_sum_of_rewards() -> None:
     parts = [RewardSource(rule="exact_number", weight=2), RewardSource(rule="ended", weight=-1)]
-    assert make_reward(parts)([Reply(ASKED, "4", {"answer": 4}, True)]) == [1]
+    reward = SummedReward(parts)
+    assert reward([Reply(ASKED, "4", {"answer": 4}, True)]) == [1]
+    assert reward.parts([Reply(ASKED, "4", {"answer": 4}, False)]) == [(1, 0)]
 
 
 def test_programs_are_run_in_the_sandbox() -> None:
@@ -87,7 +89,7 @@ def test_programs_are_run_in_the_sandbox() -> None:
         "```python\ndef double(x):\n    while True: pass\n```",
         "```python\nimport os\nprint('passed')\nos._exit(0)\n```",
     ]
-    reward = make_reward([RewardSource(rule="tests", seconds=3)])
+    reward = SummedReward([RewardSource(rule="tests", seconds=3)])
     assert reward([Reply(ASKED, text, row) for text in texts]) == [1, 0, 0, 0, 0]
     with pytest.raises(UserError):
         reward([Reply(ASKED, "a", {"answer": "4"})])
