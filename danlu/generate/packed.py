@@ -94,15 +94,20 @@ def pack(weight: Tensor, into: Matrix) -> None:
 
 def _lay(into: Matrix, numbers: Tensor) -> None:
     if into.paired:
-        numbers = numbers.unflatten(0, (-1, LANES)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
+        numbers = numbers.unflatten(0, (-1, LANES)).unflatten(2, (-1, 2))
+        one_by_one = into.data.dtype == torch.int8
+        numbers = (numbers.movedim(1, 3) if one_by_one else numbers.transpose(1, 2)).flatten(2)
     into.data.copy_(numbers)
 
 
 def unpack(matrix: Matrix) -> Tensor:
     """(…, rows, D) float32."""
     if matrix.paired:
-        rows = matrix.data.unflatten(-1, (LANES, 2)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
-        matrix = Matrix(rows, matrix.factors)
+        if matrix.data.dtype == torch.int8:
+            rows = matrix.data.unflatten(-1, (2, LANES)).movedim(-1, -3)
+        else:
+            rows = matrix.data.unflatten(-1, (LANES, 2)).transpose(-3, -2)
+        matrix = Matrix(rows.flatten(-2).flatten(-3, -2), matrix.factors)
     if matrix.data.dtype == torch.int8:
         return matrix.data.float() * matrix.factors
     if matrix.data.dtype == torch.uint8:
