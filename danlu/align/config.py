@@ -1,10 +1,11 @@
 """Config of alignment. Imports no torch."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from danlu.core.config import Config, InputMark, InputPath, StageConfig
+from danlu.evaluate.config import apart
 from danlu.train.config import GuardConfig, OptimConfig, TrainConfig
 
 
@@ -57,7 +58,7 @@ class DPOConfig(TrainConfig):
 
 
 class RewardSource(Config):
-    """One part of a reward: exactly one of rule, regex, model and url."""
+    """One part of a reward: exactly one of rule, regex, model, models and url."""
 
     rule: Literal["exact_number", "exact_text", "tests", "ended", "length"] | None = Field(
         None,
@@ -66,6 +67,14 @@ class RewardSource(Config):
     )
     regex: str | None = Field(None, description="1 where it is found in the reply, else 0")
     model: InputPath | None = Field(None, description="a model of rewards, from `danlu reward`")
+    models: tuple[InputPath, ...] | None = Field(
+        None, min_length=2, description="several, such as of different seeds: the mean of what they say"
+    )
+    doubt: float = Field(
+        0.0,
+        ge=0,
+        description="models: the mean less so many of their standard deviations (Coste et al. 2023)",
+    )
     url: str | None = Field(
         None, description='a server that answers {"prompts": […], "replies": […]} with {"rewards": […]}'
     )
@@ -74,12 +83,14 @@ class RewardSource(Config):
 
     @property
     def name(self) -> str:
-        return self.rule or self.regex or self.url or str(self.model)
+        many = None if self.models is None else " + ".join(map(str, self.models))
+        return self.rule or self.regex or self.url or many or str(self.model)
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
-        if sum(value is not None for value in (self.rule, self.regex, self.model, self.url)) != 1:
-            raise ValueError("a reward is one of rule, regex, model and url")
+        ways = (self.rule, self.regex, self.model, self.models, self.url)
+        if sum(value is not None for value in ways) != 1:
+            raise ValueError("a reward is one of rule, regex, model, models and url")
         return self
 
 
@@ -118,9 +129,16 @@ class BestOfNConfig(StageConfig, Drawing):
 
     init_from: Annotated[str, InputMark()] | None = Field(None, description="chat model that answers")
     n: int = Field(16, ge=2, description="replies to each prompt")
-    keep: Literal["best", "pairs"] = Field(
+    keep: Literal["best", "pairs", "questions"] = Field(
         "best",
-        description="best: conversations, with the best reply; pairs: preferences, of the best and the worst",
+        description="best: conversations, with the best reply; pairs: preferences, of the best and the "
+        "worst; questions: pairs for people to compare (danlu eval annotate)",
+    )
+    questions: int = Field(100, ge=1, description="most questions")
+    judges: tuple[InputPath, ...] = Field(
+        (),
+        description="questions: models of rewards, commas between; the pairs about which they disagree most "
+        "are asked; none = at random",
     )
     least: float | None = Field(
         None,
@@ -128,6 +146,11 @@ class BestOfNConfig(StageConfig, Drawing):
         "more than another",
     )
     limit: int = Field(0, ge=0, description="only the first prompts that are learnt from; 0 = all")
+
+    @field_validator("judges", mode="before")
+    @classmethod
+    def _paths(cls, values: Any) -> Any:
+        return apart([values] if isinstance(values, str) else [str(value) for value in values])
 
 
 class RLConfig(Drawing, TrainConfig):

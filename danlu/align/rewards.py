@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from requests import RequestException
 
 from danlu.align.config import RewardSource
@@ -84,6 +85,21 @@ def by_model(ref: str) -> Reward:
     """What a model of rewards says."""
     model = RewardModel(ref)
     return lambda replies: model([reply.prompt for reply in replies], [reply.text for reply in replies])
+
+
+def by_models(refs: Sequence[str], doubt: float) -> Reward:
+    """The mean of several models of rewards, less `doubt` of their standard deviations.
+
+    Where they have seen nothing alike they disagree; what exploits one of them is then worth less (Coste et
+    al. 2023, "Reward model ensembles help mitigate overoptimization", section 3.3).
+    """
+    members = [by_model(ref) for ref in refs]
+
+    def judge(replies: Sequence[Reply]) -> list[float]:
+        found = np.array([member(replies) for member in members])
+        return (found.mean(0) - doubt * found.std(0)).tolist()
+
+    return judge
 
 
 def passes_tests(seconds: float) -> Reward:
@@ -191,6 +207,8 @@ def _named(source: RewardSource) -> Reward:
         return RULES[source.rule]
     if source.regex is not None:
         return matches(source.regex)
+    if source.models is not None:
+        return by_models([str(ref) for ref in source.models], source.doubt)
     if source.url is not None:
         return by_server(source.url, source.seconds)
     return by_model(str(source.model))

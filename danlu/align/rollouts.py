@@ -76,49 +76,59 @@ class Prompts:
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, config: Drawing) -> None:
-        """Raises UserError for a row without a prompt, and for one that leaves no room for a reply."""
+        """Raises UserError for a row without a prompt. What leaves no room for a reply is left out."""
         self.held_out: list[int] = []
         self.train: list[int] = []
         self.rows: list[tuple[Messages, dict[str, Any], list[int]]] = []
+        self.left_out = 0
         digest, room = hashlib.sha256(), config.sequence_length - config.max_tokens
-        for part, messages, row, where in _parted(path, config):
+        for part, messages, row in _parted(path, config):
             ids = render_prompt(messages, tokenizer)
             if len(ids) > room:
-                raise UserError(
-                    f"{where}: a prompt of {len(ids)} tokens; sequence_length less max_tokens is {room}",
-                    "raise sequence_length, or leave the row out",
-                )
+                self.left_out += 1
+                continue
             digest.update(f"{part}{messages!r}{row!r}".encode())
             (self.train if part == "train" else self.held_out).append(len(self.rows))
             self.rows.append((messages, row, ids))
         if not self.train:
-            raise UserError(f"{path}: no prompt to learn from", "give more prompts, or lower held_out")
+            said = f"; {self.left_out} are longer than {room} tokens" if self.left_out else ""
+            raise UserError(
+                f"{path}: no prompt to learn from{said}", "give more prompts, or raise sequence_length"
+            )
         self.held_out = self.held_out[: config.held_out_prompts]
         self.sha256 = digest.hexdigest()
+
+    @property
+    def note(self) -> str:
+        """How many were left out; nothing where none was."""
+        if not self.left_out:
+            return ""
+        every = self.left_out + len(self.rows)
+        return (
+            f"{self.left_out:,} of {every:,} prompts leave no room for a reply within sequence_length, and "
+            f"were left out"
+        )
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """The training prompts of one pass."""
         return np.random.default_rng([seed, epoch]).permutation(self.train).tolist()
 
 
-def _parted(path: Path, config: Drawing) -> Iterator[tuple[str, Messages, dict[str, Any], str]]:
-    """(part, prompt, row, where) of each prompt."""
+def _parted(path: Path, config: Drawing) -> Iterator[tuple[str, Messages, dict[str, Any]]]:
+    """(part, prompt, row) of each prompt."""
     if path.is_dir():
         for part in PARTS:
             file = path / f"{part}.jsonl.zst"
             for number, row in read_rows(file):
-                where = f"{file}, line {number}"
-                yield part, *_prompt(row, where), where
+                yield part, *_prompt(row, f"{file}, line {number}")
         return
     for number, row in read_rows(path):
-        where = f"{path}, line {number}"
-        messages, row = _prompt(row, where)
+        messages, row = _prompt(row, f"{path}, line {number}")
         key = hashlib.blake2b(repr(messages).encode(), digest_size=8, key=str(config.seed).encode()).digest()
         yield (
             "held_out" if int.from_bytes(key, "big") / 2**64 < config.held_out else "train",
             messages,
             row,
-            where,
         )
 
 
@@ -256,7 +266,10 @@ class RolloutLoader:
         self.last: list[Drawn] = []
         self.figures: dict[str, float] = {}
 
-    note = ""
+    @property
+    def note(self) -> str:
+        """What is said when a run begins."""
+        return self.prompts.note
 
     def __iter__(self) -> Iterator[Batch]:
         return self

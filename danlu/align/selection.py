@@ -2,11 +2,15 @@
 
 What is written is learnt as any other conversations (rejection sampling: Touvron et al. 2023, Llama 2,
 section 3.2.3; expert iteration, where it is done again with what came of it: Anthony et al. 2017) or
-preferences (online DPO: Guo et al. 2024): the output is that of `danlu data prepare`.
+preferences (online DPO: Guo et al. 2024): the output is that of `danlu data prepare`. Or people are asked
+which of two replies is better: at random, or where models of rewards disagree most (Christiano et al. 2017,
+section 2.2.4).
 """
 
 import json
+import random
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,12 @@ import numpy as np
 import torch
 
 from danlu.align.best_of_n import expected_best, kl_bound
-from danlu.align.config import BestOfNConfig
-from danlu.align.rewards import SummedReward
+from danlu.align.config import BestOfNConfig, RewardSource
+from danlu.align.rewards import Reply, SummedReward, by_model
 from danlu.align.rollouts import Drawer, Drawn, Prompts
 from danlu.core.device import choose_device, choose_dtype
 from danlu.core.errors import UserError
+from danlu.core.files import atomic_write
 from danlu.core.progress import Progress
 from danlu.data.conversations import plain_text
 from danlu.data.documents import Document, read_rows, write_documents
@@ -41,9 +46,14 @@ def best_of_n(config: BestOfNConfig) -> dict[str, Any]:
     model, tokenizer = load(config.init_from, dtype=torch.float32, device=device)
     model.compute_dtype = choose_dtype(device=device)
     prompts = Prompts(config.data, tokenizer, config)
-    drawer = Drawer(model, tokenizer, config, SummedReward(config.summed))
+    parts = config.summed
+    if config.keep == "questions" and not parts:
+        parts = (RewardSource(rule="ended"),)  # nothing needs to be worth anything
+    drawer = Drawer(model, tokenizer, config, SummedReward(parts))
     config.out.mkdir(parents=True, exist_ok=True)
     rows = list(_answered(config, prompts, drawer))
+    if config.keep == "questions":
+        return _ask(config, rows)
     written = {
         part: write_documents(
             _kept(config, [row for row in rows if row["part"] == part]),
@@ -57,6 +67,7 @@ def best_of_n(config: BestOfNConfig) -> dict[str, Any]:
         )
     return {
         "prompts": len(rows),
+        "prompts too long": prompts.left_out,
         **{f"{part} rows": count for part, count in written.items()},
         "ended": float(np.mean([ended for row in rows for ended in row["ended"]])),
         "of held-out prompts": _gains([row for row in rows if row["part"] == "held_out"], config),
@@ -118,6 +129,37 @@ def _kept(config: BestOfNConfig, rows: Sequence[Row]) -> Iterator[Document]:
         elif value > row["rewards"][worst] if config.least is None else value >= config.least:
             messages = [*row["prompt"], {"role": "assistant", "content": row["replies"][best]}]
             yield Document(str(number), plain_text(messages), messages)
+
+
+def _ask(config: BestOfNConfig, rows: Sequence[Row]) -> dict[str, Any]:
+    """Writes `questions.jsonl`."""
+    judges = [by_model(str(ref)) for ref in config.judges]
+    chance = random.Random(config.seed)
+    found: list[tuple[float, Row]] = []
+    for row in rows:
+        texts = list(dict.fromkeys(row["replies"]))
+        pairs = list(combinations(range(len(texts)), 2))
+        if not pairs:
+            continue
+        if judges:
+            said = np.array([judge([Reply(row["prompt"], text) for text in texts]) for judge in judges])
+            doubts = [float((said[:, a] - said[:, b]).std()) for a, b in pairs]
+        else:
+            doubts = [chance.random() for _ in pairs]
+        doubt, (a, b) = max(zip(doubts, pairs, strict=True))
+        asked = {"prompt": plain_text(row["prompt"]), "messages": row["prompt"], "a": texts[a], "b": texts[b]}
+        found.append((doubt, asked))
+    found.sort(key=lambda one: -one[0])
+    path = config.out / "questions.jsonl"
+    with atomic_write(path) as file:
+        for doubt, asked in found[: config.questions]:
+            about = {"disagreement": doubt} if judges else {}
+            file.write(json.dumps({**asked, **about}, ensure_ascii=False) + "\n")
+    return {
+        "prompts": len(rows),
+        "questions": min(len(found), config.questions),
+        "ask": f"danlu eval annotate {path} --kind pair --export answers.jsonl",
+    }
 
 
 def _gains(rows: Sequence[Row], config: BestOfNConfig) -> dict[str, Any]:

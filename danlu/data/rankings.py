@@ -8,6 +8,8 @@
 {"prompt": …, "replies": […]}                     the best first
 {"prompt": …, "replies": […], "rankings": [[…]]}  each annotator's numbers of replies, the best first
 {"message_tree_id": …, "prompt": {…}}             a conversation tree of OpenAssistant
+{"prompt": …, "a": …, "b": …, "answer": "b"}      what somebody answered on the page of `danlu eval annotate`;
+                                                  a conversation stands in "messages"
 """
 
 import re
@@ -35,6 +37,8 @@ class Ranked:
     @property
     def fault(self) -> str | None:
         """Why nothing can be learnt from it."""
+        if not self.replies:
+            return "neither reply is better"
         if len(self.replies) < 2:
             return "a ranking of one reply"
         if any(not reply.strip() for reply in self.replies):
@@ -50,6 +54,7 @@ def is_ranked(row: dict[str, Any]) -> bool:
         {"chosen", "rejected"} <= row.keys()
         or {"prompt", "replies"} <= row.keys()
         or {"message_tree_id", "prompt"} <= row.keys()
+        or {"prompt", "a", "b", "answer"} <= row.keys()
     )
 
 
@@ -60,6 +65,8 @@ def to_ranked(row: dict[str, Any], where: str) -> list[Ranked]:
     """
     if "message_tree_id" in row:
         return _from_tree(row["prompt"], where)
+    if "answer" in row and {"a", "b"} <= row.keys():
+        return [_checked(_judged(row, where), where)]
     if "replies" in row:
         replies = [_text(reply, where) for reply in _list(row["replies"], where)]
         if "rankings" in row:
@@ -78,6 +85,15 @@ def to_ranked(row: dict[str, Any], where: str) -> list[Ranked]:
 
 
 PAIR = ("chosen", "rejected")
+
+
+def _judged(row: dict[str, Any], where: str) -> Ranked:
+    """A pair that somebody has judged; where neither is better, nothing can be learnt."""
+    orders = {"a": ("a", "b"), "b": ("b", "a"), "tie": ()}
+    if row["answer"] not in orders:
+        raise UserError(f"{where}: the answer is {row['answer']!r}", "a, b or tie")
+    replies = [_text(row[name], where) for name in orders[row["answer"]]]
+    return Ranked(_prompt(row.get("messages", row["prompt"]), where), replies)
 
 
 def _checked(ranked: Ranked, where: str) -> Ranked:

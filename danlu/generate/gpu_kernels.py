@@ -24,9 +24,8 @@ PROGRAMS = 2
 
 
 def fits(q: Tensor, keys: Tensor) -> bool:
-    """Whether the kernel can read such heads: of a power of two numbers."""
-    width = q.shape[2]
-    return 16 <= width <= 256 and width & (width - 1) == 0 and q.dtype == keys.dtype
+    """Whether the kernel can read such heads."""
+    return 16 <= q.shape[2] <= 256 and q.dtype == keys.dtype
 
 
 def attend(
@@ -58,13 +57,15 @@ def attend(
         shared=n_heads // groups,
         rows=max(ROWS, triton.next_power_of_2(n_heads // groups)),
         width=width,
+        columns=triton.next_power_of_2(width),
         slots=POSITIONS,
         tile=TILE,
         has_softcap=scores.softcap > 0,
         has_window=scores.window > 0,
         has_alibi=scores.alibi,
     )
-    _combine[(n, n_heads)](parts, peaks, totals, out, n_splits=n_splits, width=width)
+    columns = triton.next_power_of_2(width)
+    _combine[(n, n_heads)](parts, peaks, totals, out, n_splits=n_splits, width=width, columns=columns)
     return out
 
 
@@ -94,6 +95,7 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
     shared: tl.constexpr,
     rows: tl.constexpr,
     width: tl.constexpr,
+    columns: tl.constexpr,
     slots: tl.constexpr,
     tile: tl.constexpr,
     has_softcap: tl.constexpr,
@@ -104,14 +106,17 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
     position = tl.load(positions + token * position_stride)
     head = tl.arange(0, rows)
     mine = head < shared
-    entries = tl.arange(0, width)
+    entries = tl.arange(0, columns)
+    inside = entries < width
     row = (token * tl.num_programs(1) + group) * shared + head
-    queries = tl.load(q + row[:, None] * width + entries[None, :], mask=mine[:, None], other=0.0)
+    queries = tl.load(
+        q + row[:, None] * width + entries[None, :], mask=mine[:, None] & inside[None, :], other=0.0
+    )
     if has_alibi:
         slope = tl.load(slopes + group * shared + head, mask=mine, other=0.0)
     highest = tl.full([rows], float("-inf"), tl.float32)
     total = tl.zeros([rows], tl.float32)
-    mixed = tl.zeros([rows, width], tl.float32)
+    mixed = tl.zeros([rows, columns], tl.float32)
     begin = 0
     if has_window:
         begin = tl.maximum(position + 1 - window, 0) // tile * tile
@@ -126,7 +131,9 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
         base = (block * tl.num_programs(1) + group) * (slots * width)
         slot = index % slots
         k = tl.load(
-            keys + base[None, :] + entries[:, None] * slots + slot[None, :], mask=seen[None, :], other=0.0
+            keys + base[None, :] + entries[:, None] * slots + slot[None, :],
+            mask=seen[None, :] & inside[:, None],
+            other=0.0,
         )
         s = tl.dot(queries, k, input_precision="ieee") * scale
         if has_softcap:
@@ -139,7 +146,9 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
         p = tl.exp(s - higher[:, None])
         kept = tl.exp(highest - higher)
         v = tl.load(
-            values + base[:, None] + slot[:, None] * width + entries[None, :], mask=seen[:, None], other=0.0
+            values + base[:, None] + slot[:, None] * width + entries[None, :],
+            mask=seen[:, None] & inside[None, :],
+            other=0.0,
         )
         total = total * kept + tl.sum(p, 1)
         mixed = mixed * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -147,19 +156,20 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
     place = row * tl.num_programs(2) + split
     tl.store(peaks + place, highest, mask=mine)
     tl.store(totals + place, total, mask=mine)
-    tl.store(parts + place[:, None] * width + entries[None, :], mixed, mask=mine[:, None])
+    tl.store(parts + place[:, None] * width + entries[None, :], mixed, mask=mine[:, None] & inside[None, :])
 
 
 @triton.jit
 def _combine(  # type: ignore[no-untyped-def]
-    parts, peaks, totals, out, n_splits: tl.constexpr, width: tl.constexpr
+    parts, peaks, totals, out, n_splits: tl.constexpr, width: tl.constexpr, columns: tl.constexpr
 ):
     """The weighted mean of the parts; an empty one has a peak of minus infinity, which makes its weight 0."""
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    place, entries = row * n_splits + tl.arange(0, n_splits), tl.arange(0, width)
+    place, entries = row * n_splits + tl.arange(0, n_splits), tl.arange(0, columns)
+    inside = entries < width
     peak = tl.load(peaks + place)
     weight = tl.exp(peak - tl.max(peak, 0))
-    mixed = tl.load(parts + place[:, None] * width + entries[None, :])
+    mixed = tl.load(parts + place[:, None] * width + entries[None, :], mask=inside[None, :], other=0.0)
     total = tl.sum(weight * tl.load(totals + place), 0)
     found = tl.sum(weight[:, None] * mixed, 0) / total
-    tl.store(out + row * width + entries, found.to(out.dtype.element_ty))
+    tl.store(out + row * width + entries, found.to(out.dtype.element_ty), mask=inside)

@@ -1,17 +1,23 @@
 """`danlu grpo`: on-policy to rounding, rules learnt, bad rewards named, runs resumed to the bit."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from danlu.align.config import GRPOConfig
 from danlu.align.grpo import Grouped, grpo
 from danlu.align.rollouts import RolloutBatch
+from danlu.cli import VERBS
 from danlu.core.errors import UserError
+from danlu.core.files import read_jsonl
 from danlu.core.metrics import read_metrics
+from danlu.core.options import RunConfig
+from danlu.core.runner import run
 from danlu.data.config import DataConfig
 from danlu.data.prepare import prepare
 from danlu.model.checkpoint import load, save_model
@@ -289,7 +295,7 @@ def test_prompts_of_prepared_conversations(chat_model: Path, tmp_path: Path) -> 
         ({"init_from": None}, "init_from is required"),
         ({"group_size": 1}, "no others to be compared with"),
         ({"rewards": []}, "no reward is given"),
-        ({"sequence_length": 20}, "sequence_length less max_tokens is 8"),
+        ({"sequence_length": 20}, "no prompt to learn from; 24 are longer than 8 tokens"),
     ],
 )
 def test_what_can_t_be_trained_is_said(
@@ -297,6 +303,18 @@ def test_what_can_t_be_trained_is_said(
 ) -> None:
     with pytest.raises(UserError, match=message):
         grpo(config(prompts, chat_model, tmp_path, **values))
+
+
+def test_prompts_without_room_are_left_out_and_counted(
+    prompts: Path, chat_model: Path, tmp_path: Path
+) -> None:
+    long = {"prompt": "Where is the fox? " * 40}
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(prompts.read_text() + 3 * (json.dumps(long) + "\n"))
+    settings = config(data, chat_model, tmp_path / "out", steps=1)
+    grpo(settings)
+    assert Grouped(settings).prompts.left_out == 3
+    assert "3 of 27 prompts leave no room" in (tmp_path / "out" / "logbook.md").read_text()
 
 
 def test_prompts_that_are_none(chat_model: Path, tmp_path: Path) -> None:
@@ -308,3 +326,35 @@ def test_prompts_that_are_none(chat_model: Path, tmp_path: Path) -> None:
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=message):
             grpo(config(path, chat_model, tmp_path / "out"))
+
+
+def test_a_run_is_reported(
+    prompts: Path, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies to held-out prompts, before and after; how often the later one wins; the page of it."""
+    monkeypatch.chdir(tmp_path)
+    options = {**QUICK, "steps": 30, "held_out": 0.3, "stop_kl": 100.0}
+    stage = {
+        "name": "grpo",
+        "verb": "grpo",
+        "options": {**options, "data": str(prompts), "init_from": str(chat_model)},
+    }
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(yaml.safe_dump({"name": "small", "seed": 1, "stages": [stage]}))
+    run(RunConfig(recipe=str(recipe)), VERBS)
+    out = tmp_path / "runs" / "small" / "grpo"
+    rows = read_jsonl(out / "held_out.jsonl")
+    before, after = ([row for row in rows if row["step"] == step] for step in (0, 30))
+    assert [row["prompt"] for row in before] == [row["prompt"] for row in after]
+    wins = sum(
+        (b["reward"] > a["reward"]) + 0.5 * (b["reward"] == a["reward"])
+        for a, b in zip(before, after, strict=True)
+    )
+    found = [row for row in read_metrics(out) if "wins" in row][-1]
+    assert found["wins"] == pytest.approx(wins / len(before))
+    assert found["wins_low"] < found["wins"] < found["wins_high"]
+    page = (tmp_path / "runs" / "small" / "report.html").read_text()
+    assert "Before and after" in page
+    assert f"<strong>{100 * found['wins']:.1f} %</strong>" in page
+    assert html.escape(after[0]["reply"].strip()[:20]) in page
+    assert "Reward of grpo over the divergence" in page

@@ -13,6 +13,7 @@ from danlu.align.rollouts import Drawer
 from danlu.align.selection import best_of_n
 from danlu.core.errors import UserError
 from danlu.data.documents import read_rows
+from danlu.data.rankings import to_ranked
 from danlu.tokens.config import TokenizeConfig
 from danlu.tokens.shards import Shards
 from danlu.tokens.tokenize import tokenize
@@ -77,6 +78,46 @@ def test_pairs_of_the_best_and_the_worst(prompts: Path, chat_model: Path, tmp_pa
     settings = {"data": out, "tokenizer": chat_model, "kind": "preferences", "out": tmp_path / "tokens"}
     tokenize(TokenizeConfig.model_validate(settings))
     assert Shards(tmp_path / "tokens" / "train").n_supervised > 0
+
+
+def test_questions_for_people(
+    prompts: Path, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At random, or what judges disagree about most; what comes back from the page is a preference."""
+    result = best_of_n(
+        config(prompts, chat_model, tmp_path / "random", keep="questions", rewards=[], questions=7)
+    )
+    asked = rows(tmp_path / "random" / "questions.jsonl")
+    assert result["questions"] == len(asked) == 7
+    assert len({row["prompt"] for row in asked}) == 7
+    assert all(row["a"] != row["b"] for row in asked)
+
+    def judge(ref: str) -> Any:
+        sign = 1 if ref == str(prompts) else -1
+        return lambda replies: [sign * len(reply.text) for reply in replies]
+
+    monkeypatch.setattr(selection, "by_model", judge)
+    both = [str(prompts), str(chat_model)]
+    out = tmp_path / "judged"
+    best_of_n(config(prompts, chat_model, out, keep="questions", rewards=[], judges=both))
+    asked = rows(out / "questions.jsonl")
+    gaps = [abs(len(row["a"]) - len(row["b"])) for row in asked]
+    assert gaps == sorted(gaps, reverse=True)
+    assert [row["disagreement"] for row in asked] == gaps
+    drawn = {
+        row["prompt"][0]["content"]: list(map(len, row["replies"])) for row in rows(out / "replies.jsonl")
+    }
+    for row, gap in zip(asked, gaps, strict=True):
+        lengths = drawn[row["messages"][0]["content"]]
+        assert gap == max(lengths) - min(lengths)
+    for answer, better in (("a", "a"), ("b", "b")):
+        (ranked,) = to_ranked({**asked[0], "answer": answer}, "here")
+        assert ranked.prompt == asked[0]["messages"]
+        assert ranked.replies[0] == asked[0][better]
+        assert ranked.fault is None
+    assert to_ranked({**asked[0], "answer": "tie"}, "here")[0].fault == "neither reply is better"
+    with pytest.raises(UserError, match="the answer is 'c'"):
+        to_ranked({**asked[0], "answer": "c"}, "here")
 
 
 def test_only_what_is_worth_so_much(prompts: Path, chat_model: Path, tmp_path: Path) -> None:

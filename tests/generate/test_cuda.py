@@ -54,10 +54,11 @@ def prompts() -> list[list[int]]:
     [Scores(0.2), Scores(0.2, window=100), Scores(0.2, alibi=True), Scores(0.2, window=70, softcap=5.0)],
     ids=["plain", "window", "alibi", "window and cap"],
 )
-def test_kernel_of_attention(scores: Scores, n: int, n_blocks: int) -> None:
+@pytest.mark.parametrize("width", [64, 96])
+def test_kernel_of_attention(width: int, scores: Scores, n: int, n_blocks: int) -> None:
     """Against PyTorch's operators, for sequences that are split among many programs and such that aren't."""
     torch.manual_seed(0)
-    heads, groups, width, total = 6, 2, 64, n * n_blocks
+    heads, groups, total = 6, 2, n * n_blocks
     q = torch.randn(n, heads, width, device="cuda")
     keys = torch.randn(total, groups, width, POSITIONS, device="cuda")
     values = torch.randn(total, groups, POSITIONS, width, device="cuda")
