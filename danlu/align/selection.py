@@ -23,7 +23,7 @@ from danlu.align.rewards import Reply, SummedReward, by_model
 from danlu.align.rollouts import Drawer, Drawn, Prompts
 from danlu.core.device import choose_device, choose_dtype
 from danlu.core.errors import UserError
-from danlu.core.files import atomic_write
+from danlu.core.files import atomic_write, read_json
 from danlu.core.progress import Progress
 from danlu.data.conversations import plain_text
 from danlu.data.documents import Document, read_rows, write_documents
@@ -51,6 +51,7 @@ def best_of_n(config: BestOfNConfig) -> dict[str, Any]:
         parts = (RewardSource(rule="ended"),)  # nothing needs to be worth anything
     drawer = Drawer(model, tokenizer, config, SummedReward(parts))
     config.out.mkdir(parents=True, exist_ok=True)
+    _require_same(config, prompts.sha256)
     rows = list(_answered(config, prompts, drawer))
     if config.keep == "questions":
         return _ask(config, rows)
@@ -73,6 +74,19 @@ def best_of_n(config: BestOfNConfig) -> dict[str, Any]:
         "of held-out prompts": _gains([row for row in rows if row["part"] == "held_out"], config),
         "of all": _gains(rows, config),
     }
+
+
+def _require_same(config: BestOfNConfig, prompts: str) -> None:
+    """Raises UserError where the folder's replies were drawn to other prompts, or otherwise."""
+    choices = {"out", "keep", "least", "questions", "judges"}
+    about = {**config.model_dump(mode="json", exclude=choices), "prompts": prompts}
+    path = config.out / "asked.json"
+    if path.exists() and read_json(path) != about:
+        raise UserError(
+            f"{config.out} holds replies that were drawn with other settings", "choose another output folder"
+        )
+    with atomic_write(path) as file:
+        json.dump(about, file)
 
 
 def _answered(config: BestOfNConfig, prompts: Prompts, drawer: Drawer) -> Iterator[Row]:
