@@ -181,6 +181,20 @@ class RLConfig(Drawing, TrainConfig):
         ge=0,
         description="end the run after so many rollouts without any difference between rewards; 0 = never",
     )
+    reference_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="after each rollout the reference is so much of itself, the rest of it the policy (a "
+        "moving average); 1 = it stays the model before the run",
+    )
+    pretraining: InputPath | None = Field(
+        None,
+        description="text that is learnt beside, so that what the model knew is kept (InstructGPT's "
+        "PPO-ptx): output folder of `danlu tokenize` with the model's own tokenizer",
+    )
+    pretraining_weight: float = Field(1.0, gt=0, description="of the text's loss, a mean over its tokens")
+    pretraining_rows: int = Field(4, ge=1, description="sequences of text in one update")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="how it is estimated (Schulman 2020)")
     averaging: Literal["reply", "token", "length"] = Field(
         "reply",

@@ -21,6 +21,7 @@ from danlu.model.cross_entropy import log_probabilities
 from danlu.model.lora import adapted_layers, without_adapter
 from danlu.model.transformer import Transformer
 from danlu.tokens.loader import RANKS, Batch
+from danlu.train.checkpoint import NOTHING
 from danlu.train.loop import Hooks, train
 from danlu.train.result import TrainResult
 
@@ -45,6 +46,7 @@ class PreferencePairs:
     """A loss of `PAIR_LOSSES`, the mean over all pairs of replies to one prompt."""
 
     nothing, measure, per = "a batch has no pair of replies", "held_out_loss", "pair"
+    kept = NOTHING
 
     def __init__(self, model: Transformer, config: DPOConfig) -> None:
         """`model`: as it is before the run. It is copied, unless it has an adapter."""

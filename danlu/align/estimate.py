@@ -29,6 +29,8 @@ def estimate_rollouts(config: RLConfig, upstream: Mapping[str, Estimate]) -> Est
         prompt = min(prompt, len(text) // CHARACTERS // len(text.splitlines()))
     replies = config.batch_size * config.group_size
     rows = max(1, -(-replies * (prompt + config.max_tokens) // config.sequence_length))
+    if config.pretraining is not None:
+        rows += config.updates * config.pretraining_rows
     changes = {"batch_size": rows, "steps": config.steps * config.passes}
     found = estimate_training(config.model_copy(update=changes), upstream)
     found.seconds *= 1 + DRAWING

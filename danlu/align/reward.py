@@ -21,6 +21,7 @@ from danlu.model.cross_entropy import linear_cross_entropy
 from danlu.model.transformer import Transformer
 from danlu.tokens.chat import render_reply
 from danlu.tokens.loader import Batch
+from danlu.train.checkpoint import NOTHING
 from danlu.train.loop import Hooks, train
 from danlu.train.result import TrainResult
 
@@ -39,7 +40,7 @@ def reward(config: RewardConfig, hooks: Hooks | None = None) -> TrainResult:
 class Rewards:
     """Bradley-Terry's loss, the mean over all pairs or over all rankings."""
 
-    nothing, measure = "a batch has no pair of replies", "held_out_loss"
+    nothing, measure, kept = "a batch has no pair of replies", "held_out_loss", NOTHING
 
     def __init__(self, model: Transformer, config: RewardConfig) -> None:
         """`model` gets a head with a score, where it has none."""
@@ -139,26 +140,32 @@ class RewardModel:
         for prompt, reply in zip(prompts, replies, strict=True):
             rendered = render_reply(prompt, reply, self.tokenizer)
             rows.append(rendered.ids[: len(rendered.mask) - rendered.mask[::-1].index(True)])
+        assert self.model.score is not None
+        return self.model.score(self.states(rows))[:, 0].tolist()
+
+    @torch.no_grad()
+    def states(self, rows: Sequence[list[int]]) -> Tensor:
+        """(N, D) float32: the last layer's state at the last token of each row of ids.
+
+        Raises UserError for a row beyond the model's context.
+        """
         longest = self.model.config.max_positions
         if too_long := next((row for row in rows if len(row) > longest), None):
             raise UserError(
                 f"a prompt with its reply has {len(too_long)} tokens, the model of rewards reads {longest}",
                 "give shorter ones",
             )
-        found = [0.0] * len(rows)
+        device = self.model.embedding.weight.device
+        found = torch.zeros(len(rows), self.model.config.width, device=device)
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
         while order:
             size = max(1, self.batch_tokens // len(rows[order[-1]]))
             some, order = order[-size:], order[:-size]
-            for number, value in zip(some, self._rewards([rows[number] for number in some]), strict=True):
-                found[number] = value
+            length = max(len(rows[number]) for number in some)
+            ids = torch.tensor(
+                [[*rows[number], *[0] * (length - len(rows[number]))] for number in some], device=device
+            )
+            hidden = self.model.hidden(ids)  # what follows a row's end is not seen by it
+            ends = torch.tensor([len(rows[number]) - 1 for number in some], device=device)
+            found[some] = hidden[torch.arange(len(some), device=device), ends].float()
         return found
-
-    def _rewards(self, rows: Sequence[list[int]]) -> list[float]:
-        length, device = max(map(len, rows)), self.model.embedding.weight.device
-        ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
-        hidden = self.model.hidden(ids)  # what follows a row's end is not seen by it
-        ends = torch.tensor([len(row) - 1 for row in rows], device=device)
-        assert self.model.score is not None
-        last = hidden[torch.arange(len(rows), device=device), ends]
-        return self.model.score(last.float())[:, 0].tolist()

@@ -17,20 +17,29 @@ from danlu.align.config import RLConfig
 from danlu.align.policy_losses import KL_ESTIMATORS, clipped
 from danlu.align.replies import replies_of
 from danlu.align.rewards import SummedReward
-from danlu.align.rollouts import Drawer, Drawn, Places, Prompts, RolloutBatch, RolloutLoader, pack
+from danlu.align.rollouts import (
+    OF_REPLIES,
+    Drawer,
+    Drawn,
+    Places,
+    Prompts,
+    RolloutBatch,
+    RolloutLoader,
+    pack,
+)
 from danlu.core.errors import UserError
 from danlu.core.files import read_jsonl
 from danlu.data.conversations import plain_text
 from danlu.evaluate.intervals import wilson_interval
 from danlu.model import parallel
 from danlu.model.checkpoint import load
-from danlu.model.cross_entropy import log_probabilities, log_probs_of
+from danlu.model.cross_entropy import linear_cross_entropy, log_probabilities, log_probs_of
 from danlu.model.lora import adapted_layers, without_adapter
 from danlu.model.transformer import Transformer
-from danlu.tokens.loader import Batch
+from danlu.tokens.loader import Batch, PackedLoader
 from danlu.train.config import TrainConfig
 from danlu.train.journal import HELD_OUT
-from danlu.train.run import Stopped
+from danlu.train.run import Data, Stopped
 
 
 def check(config: RLConfig, name: str) -> None:
@@ -40,6 +49,11 @@ def check(config: RLConfig, name: str) -> None:
     if config.parallel != "ddp":
         raise UserError(
             f"{name} with parallel {config.parallel}: the policy isn't spread", "set parallel ddp"
+        )
+    if config.lora is not None and config.reference_decay < 1:
+        raise UserError(
+            f"{name} with lora and reference_decay: the reference is the base below the adapter, which stays",
+            "leave one of them out",
         )
     replies, processes = config.batch_size * config.group_size, int(os.environ.get("WORLD_SIZE", "1"))
     if replies < config.updates * processes:
@@ -78,7 +92,7 @@ class Policy:
         self.reward = SummedReward(config.summed)
         self._held_out: Sequence[Drawn] = ()
         self.reference: Transformer | None = None
-        self._seen: list[tuple[dict[str, float], float, float]] = []
+        self._seen: list[tuple[dict[str, float], float, float, float]] = []
 
     @property
     def once(self) -> bool:
@@ -92,15 +106,36 @@ class Policy:
         """`model`: as it is before the run; of it a copy is kept where a reference is needed."""
         self.model = model
         if self.is_held and not adapted_layers(model):
-            self.reference = load(str(self.config.init_from), dtype=torch.float32)[0].requires_grad_(False)
+            device = model.embedding.weight.device
+            self.reference = load(str(self.config.init_from), dtype=torch.float32, device=device)[0]
+            self.reference.requires_grad_(False)
         self.drawer = Drawer(model, self.tokenizer, self.config, self.reward)
         return self
 
     # Batches
 
     def loader(self, config: TrainConfig) -> RolloutLoader:
-        self.rollouts = RolloutLoader(self.prompts, self.drawer, self.finish_rollout, self.config)
+        self.rollouts = RolloutLoader(
+            self.prompts, self.drawer, self.finish_rollout, self.config, self.text_loader(config)
+        )
         return self.rollouts
+
+    def text_loader(self, config: TrainConfig) -> PackedLoader | None:
+        """Of what is learnt beside. Raises UserError where its tokens are not the model's."""
+        if self.config.pretraining is None:
+            return None
+        changes = {
+            "data": self.config.pretraining,
+            "batch_size": self.config.pretraining_rows,
+            "accumulate": 1,
+        }
+        text = Data(config.model_copy(update=changes), "text")
+        if text.tokenizer.fingerprint() != self.tokenizer.fingerprint():
+            raise UserError(
+                f"{self.config.pretraining} has the tokens of another tokenizer than {self.config.init_from}",
+                "run `danlu tokenize` with the model's",
+            )
+        return text.loader(config.model_copy(update=changes))
 
     def finish_rollout(self, drawn: Sequence[Drawn]) -> tuple[list[RolloutBatch], dict[str, float]]:
         """The batches of one rollout's updates, this process's part of each, and the rollout's figures."""
@@ -116,6 +151,7 @@ class Policy:
                 )
         self._end_where_nothing_is_learnt(figures)
         self.judge(shares, drawn, figures)
+        self._follow()
         return [share.batch for share in shares] * self.config.passes, figures
 
     def judge(self, shares: Sequence[Share], drawn: Sequence[Drawn], figures: dict[str, float]) -> None:
@@ -165,7 +201,7 @@ class Policy:
             drawn = self._held_out = self.drawer.draw(rows, 1, 0)
             batch, places = pack([one.pair for one in drawn], self.config.sequence_length)
             rewards = spread(torch.tensor([one.reward for one in drawn]), places, batch.weights)
-            others = dict.fromkeys(FIELDS, rewards)  # the others are not looked at here
+            others = dict.fromkeys((*OF_REPLIES, "text"), rewards)  # the others are not looked at here
             yield RolloutBatch(**vars(batch), **others)
 
     @torch.no_grad()
@@ -188,6 +224,7 @@ class Policy:
             reference=self.of_reference(packed) if self.is_held else zeros,
             values=zeros if values is None else values,
             returns=zeros,
+            text=zeros,
         )
         return Share(numbers, drawn, places, batch)
 
@@ -200,13 +237,29 @@ class Policy:
         """Whether the divergence from a reference counts."""
         return self.config.kl > 0 or self.config.stop_kl > 0
 
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """A reference that moves is no longer the model of `init_from`."""
+        if self.reference is None or self.config.reference_decay == 1:
+            return {}
+        return {f"reference.{name}": one.data for name, one in self.reference.named_parameters()}
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Moves the reference a little towards the policy."""
+        if self.reference is None or self.config.reference_decay == 1:
+            return
+        policy = dict(self.model.named_parameters())
+        for name, one in self.reference.named_parameters():
+            one.lerp_(policy[name].detach(), 1 - self.config.reference_decay)
+
     def of_reference(self, batch: Batch) -> Tensor:
         """Log-probabilities under the model before the run."""
         if self.reference is None:
             with without_adapter(self.model):
                 return log_probabilities(self.model, batch, counted=True)
         self.reference.compute_dtype = self.model.compute_dtype
-        return log_probabilities(self.reference.to(batch.ids.device), batch, counted=True)
+        return log_probabilities(self.reference, batch, counted=True)
 
     # The objective
 
@@ -225,8 +278,24 @@ class Policy:
             drawn_by_another = (log_probs - log_ratio).detach() - batch.engine
             losses = losses * drawn_by_another.exp().clamp(max=self.config.engine_cap)
         losses = losses + self.further(model, batch, hidden, log_probs)
-        self._see(batch, log_probs.detach(), log_ratio.detach(), entropies)
-        return (losses * self._weights(batch)).sum() / count
+        beside = self._text_loss(model, batch, hidden)
+        self._see(batch, log_probs.detach(), log_ratio.detach(), entropies, float(beside.detach()))
+        of_replies = (losses * self._weights(batch)).sum() / count
+        return of_replies + self.config.pretraining_weight * beside
+
+    def _text_loss(self, model: Transformer, batch: RolloutBatch, hidden: Tensor) -> Tensor:
+        """This part's share of the mean over the tokens that are learnt beside; a scalar."""
+        rows = batch.text.flatten().nonzero()[:, 0]
+        if not len(rows):
+            return hidden.new_zeros(())
+        return linear_cross_entropy(
+            hidden.flatten(0, 1)[rows],
+            model.head_weight,
+            batch.targets.flatten()[rows],
+            batch.text.flatten()[rows],
+            model.head_bias,
+            model.config.logit_softcap,
+        )
 
     def further(self, model: Transformer, batch: RolloutBatch, hidden: Tensor, log_probs: Tensor) -> Any:
         """What is added to each token's loss."""
@@ -247,7 +316,9 @@ class Policy:
             .view_as(batch.weights)
         )
 
-    def _see(self, batch: RolloutBatch, log_probs: Tensor, log_ratio: Tensor, entropies: Tensor) -> None:
+    def _see(
+        self, batch: RolloutBatch, log_probs: Tensor, log_ratio: Tensor, entropies: Tensor, beside: float
+    ) -> None:
         """Keeps what `shown` says of this part of a step."""
         ratio, before = log_ratio.exp(), log_probs - log_ratio
         outside = (ratio < 1 - self.config.clip_low) | (ratio > 1 + self.config.clip_high)
@@ -256,7 +327,7 @@ class Policy:
             tokens["kl"] = KL_ESTIMATORS["k1"](log_probs, batch.reference)
         sums = {name: float((values * batch.weights).sum()) for name, values in tokens.items()}
         gap = float(((before - batch.engine).abs() * batch.weights).max())
-        self._seen.append((sums, float(batch.weights.sum()), gap))
+        self._seen.append((sums, float(batch.weights.sum()), gap, beside))
 
     @property
     def shown(self) -> dict[str, float]:
@@ -267,9 +338,11 @@ class Policy:
         seen = [part for process in parallel.gather(self._seen) for part in process]
         if not seen:
             return self.rollouts.figures
-        n = sum(tokens for _, tokens, _ in seen)
-        means = {name: sum(sums[name] for sums, _, _ in seen) / n for name in seen[0][0]}
-        return {**self.rollouts.figures, **means, "engine_gap": max(gap for _, _, gap in seen)}
+        n = sum(tokens for _, tokens, _, _ in seen)
+        means = {name: sum(sums[name] for sums, _, _, _ in seen) / n for name in seen[0][0]}
+        if self.config.pretraining is not None:
+            means["pretraining_loss"] = sum(beside for _, _, _, beside in seen)
+        return {**self.rollouts.figures, **means, "engine_gap": max(gap for _, _, gap, _ in seen)}
 
     def sums(self, model: Transformer, batch: Batch) -> Sequence[float]:
         assert isinstance(batch, RolloutBatch)
@@ -308,9 +381,6 @@ class Policy:
 
     def finish(self, model: Transformer) -> None:
         """Nothing."""
-
-
-FIELDS = ("advantages", "engine", "old", "reference", "values", "returns")
 
 
 def spread(values: Tensor, places: Places, like: Tensor) -> Tensor:

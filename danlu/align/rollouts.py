@@ -25,7 +25,7 @@ from danlu.generate.sampling import SamplingParams
 from danlu.model import parallel
 from danlu.model.transformer import Transformer
 from danlu.tokens.chat import render_prompt
-from danlu.tokens.loader import Batch
+from danlu.tokens.loader import Batch, PackedLoader
 from danlu.tokens.tokenizer import Tokenizer
 
 
@@ -44,6 +44,22 @@ class RolloutBatch(Batch):
     """What a value head expected of each token's state; 0 without one"""
     returns: Tensor
     """What came of it"""
+    text: Tensor
+    """Of text that is learnt beside the replies: each target's share of all of it in an update"""
+
+    def beside(self, text: Batch) -> "RolloutBatch":
+        """This batch with rows of text below it. All processes ask together."""
+        n = parallel.sum_over_ranks([float(text.weights.sum())])[0]
+        zeros = torch.zeros_like(text.weights)
+        below = RolloutBatch(
+            **vars(text) | {"weights": zeros, "text": text.weights / n}, **dict.fromkeys(OF_REPLIES, zeros)
+        )
+        return RolloutBatch(
+            **{name: torch.cat((value, vars(below)[name])) for name, value in vars(self).items()}
+        )
+
+
+OF_REPLIES = ("advantages", "engine", "old", "reference", "values", "returns")
 
 
 Places = list[list[tuple[int, int, int]]]
@@ -259,8 +275,16 @@ Finish = Callable[[Sequence[Drawn]], tuple[list[RolloutBatch], dict[str, float]]
 class RolloutLoader:
     """Endless batches, as `PackedLoader`'s: when those of a rollout are used up, the policy draws again."""
 
-    def __init__(self, prompts: Prompts, drawer: Drawer, finish: Finish, config: RLConfig) -> None:
+    def __init__(
+        self,
+        prompts: Prompts,
+        drawer: Drawer,
+        finish: Finish,
+        config: RLConfig,
+        text: PackedLoader | None = None,
+    ) -> None:
         self.prompts, self.drawer, self.finish, self.config = prompts, drawer, finish, config
+        self.text = text
         self.epoch = self._begin = self.rollouts = 0
         self._left: list[RolloutBatch] = []
         self.last: list[Drawn] = []
@@ -280,7 +304,8 @@ class RolloutLoader:
             self.rollouts += 1
             self._left, figures = self.finish(self.last)
             self.figures = {**figures, **self.drawer.seconds}
-        return self._left.pop(0)
+        batch = self._left.pop(0)
+        return batch if self.text is None else batch.beside(next(self.text).to(batch.ids.device))
 
     def _next_prompts(self) -> list[Any]:
         found: list[int] = []
@@ -304,11 +329,14 @@ class RolloutLoader:
             "rollouts": self.rollouts,
             "left": left,
             "figures": self.figures,
+            "text": None if self.text is None else self.text.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self._begin, self.rollouts = state["epoch"], state["begin"], state["rollouts"]
         self._left, self.figures = [], state["figures"]
+        if self.text is not None:
+            self.text.load_state_dict(state["text"])
         if len(state["left"]) != parallel.world_size() and any(state["left"]):
             raise UserError(
                 f"{self.config.out} was left within a rollout by {len(state['left'])} processes",

@@ -4,10 +4,11 @@ Claims (Wei et al. 2022, "Chain-of-Thought Prompting Elicits Reasoning in Large 
 steps shown in the examples, large models solve many more problems; small ones gain nothing; the gain is
 larger for problems with more steps; and it is the steps, not more tokens before the answer, that help.
 
-The third rule, written before the third run; all others are in LOG.md, 2026-11-27. Under the first, the small
-model of the last part had learnt nothing that it was asked, so that two claims did not hold for want of
-training; under the second it had not learnt the shortest problems, on which that was judged. What changed is
-that part's training, its draws, and how it is judged whether it has learnt.
+The fourth rule, written before the fourth run; all others are in LOG.md, 2026-11-27 and 28. Under the first,
+the small model of the last part had learnt nothing that it was asked, so that two claims did not hold for
+want of training; under the second and the third it found a question's numbers by their distance, and worked
+only problems of some lengths. What changed is that part's problems, whose steps have letters by which they
+are found, and its training and draws.
 - BBH: the published outputs of a model of 175 billion parameters trained on code (code-davinci-002) on
   BIG-Bench Hard's 27 tasks and 6,511 questions, with examples with steps and without ($DANLU_DATA/bbh).
   Score: what stands behind the last "the answer is", else the first line, is the answer. "A large model
@@ -18,9 +19,9 @@ that part's training, its draws, and how it is judged whether it has learnt.
   answer alone; greedy, up to 200 tokens or an empty line. Score: the last number is the answer. "A small
   model gains nothing" holds when the upper end of the interval of chain minus direct (questions, paired) is
   at most 0.05.
-- A model of 1.8 million parameters, a token a character, trained from nothing: 3,200 steps of 16 × 384 tokens
+- A model of 1.8 million parameters, a token a character, trained from nothing: 1,600 steps of 16 × 384 tokens
   (Muon, cosine) of conversations of five problems, of which the answers are learnt. A problem is a digit and
-  n of +d, -d, *d, worked from left to right modulo 10, n from 2 to 8. A conversation has one format, a third
+  n of +d, -d, *d, lettered, worked from left to right modulo 10, n from 2 to 8. A conversation has one format, a third
   each: the answer alone; each step before it; as many dots as the steps have characters. Four solved problems
   in a format, then the question: 100 questions for each n, the same in every format, greedy. One model: only
   the prompt differs. It has learnt to work steps when at least half of all problems are right behind chains;
@@ -58,6 +59,7 @@ from danlu.papers.miniature import learn, talk
 from danlu.papers.protocol import Claim, Control, Result, at_least, at_most, judged, save_plot
 
 DIRECT, CHAIN, DOTS = FORMATS = ("direct", "chain", "dots")
+LETTERS = "abcdefgh"
 LEARNT = 0.5
 """Share of the problems that a model which works steps gets right."""
 NONE = 1e-9
@@ -72,8 +74,8 @@ class Setup:
     shots: int = 8
     questions: int = 200
     longest: int = 200
-    documents: int = 75_000
-    steps: int = 3200
+    documents: int = 37_500
+    steps: int = 1600
     each: int = 100
     n_steps: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
 
@@ -208,16 +210,18 @@ def small_gains_nothing(gain: np.ndarray) -> Claim:
 
 
 def problem(chance: random.Random, n: int) -> tuple[str, str, str]:
-    """Question, steps and answer: n operations on digits, from left to right, modulo 10."""
+    """Question, steps and answer: n operations on digits, from left to right, modulo 10.
+
+    "3 a+4 b*2" is worked as "3 a+4=7 b*2=4".
+    """
     value = chance.randrange(10)
-    question, steps = str(value), []
-    for _ in range(n):
+    question, steps = [str(value)], [str(value)]
+    for letter in LETTERS[:n]:
         sign, other = chance.choice("+-*"), chance.randrange(10)
-        result = {"+": value + other, "-": value - other, "*": value * other}[sign] % 10
-        question += f"{sign}{other}"
-        steps.append(f"{value}{sign}{other}={result}")
-        value = result
-    return question, " ".join(steps), str(value)
+        value = {"+": value + other, "-": value - other, "*": value * other}[sign] % 10
+        question.append(f"{letter}{sign}{other}")
+        steps.append(f"{letter}{sign}{other}={value}")
+    return " ".join(question), " ".join(steps), str(value)
 
 
 def solved(parts: tuple[str, str, str], form: str) -> tuple[str, str]:
@@ -234,7 +238,7 @@ def conversation(chance: random.Random, n_steps: Sequence[int]) -> Messages:
 
 def miniature_scores(setup: Setup, seed: int, folder: Path) -> dict[str, np.ndarray]:
     """By format (numbers of steps, questions): whether each was answered."""
-    chance = random.Random(f"third rule {seed}")
+    chance = random.Random(f"fourth rule {seed}")
     run = learn(
         lambda: conversation(chance, setup.n_steps),
         folder / "miniature",
@@ -243,7 +247,7 @@ def miniature_scores(setup: Setup, seed: int, folder: Path) -> dict[str, np.ndar
         seed=seed,
     )
     engine = Engine(*danlu.load(run, dtype=torch.float32))
-    chance = random.Random(f"third rule, asked {seed}")
+    chance = random.Random(f"fourth rule, asked {seed}")
     shown = [[problem(chance, chance.choice(setup.n_steps)) for _ in range(4)] for _ in range(setup.each)]
     asked = [[problem(chance, n) for _ in range(setup.each)] for n in setup.n_steps]
     params = SamplingParams(max_tokens=64, temperature=0.0)

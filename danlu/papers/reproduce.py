@@ -12,15 +12,20 @@ from danlu.papers.protocol import Result, print_result, write_result
 EXPERIMENTS = {
     "annollm": "danlu.papers.annollm:run",
     "best-of-n": "danlu.papers.best_of_n:run",
+    "calibration": "danlu.papers.calibration:run",
     "chain-of-thought": "danlu.papers.chain_of_thought:run",
     "compression": "danlu.papers.compression:run",
     "dpo": "danlu.papers.dpo:run",
     "few-shot": "danlu.papers.few_shot:run",
     "gopher": "danlu.papers.gopher:run",
+    "hh": "danlu.papers.hh:run",
     "inverse-prompting": "danlu.papers.inverse_prompting:run",
     "lora": "danlu.papers.lora:run",
     "nucleus": "danlu.papers.nucleus:run",
     "opt-logbook": "danlu.papers.opt_logbook:run",
+    "overoptimization": "danlu.papers.overoptimization:run",
+    "preference-pretraining": "danlu.papers.preference_pretraining:run",
+    "reward-models": "danlu.papers.reward_models:run",
     "self-consistency": "danlu.papers.self_consistency:run",
 }
 """name: "module:function", which takes (config, folder) and returns a protocol.Result."""

@@ -13,8 +13,10 @@ import os
 import random
 import shutil
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from danlu.core.errors import UserError
 from danlu.core.files import make_folder, os_errors, read_text
 from danlu.model import parallel
 
+NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
 _FULL = 1_000_000  # bytes free below which a failed write is put down to a full disk
 
 
@@ -54,18 +57,28 @@ class Checkpointer:
         self.wait()
         return parallel.agree(self._complete())
 
-    def save(self, step: int, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-        """Takes a snapshot now and writes it in the background. `state` is JSON-able, one a process."""
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Any,
+        state: dict[str, Any],
+        kept: Mapping[str, torch.Tensor] = NOTHING,
+    ) -> None:
+        """Takes a snapshot now and writes it in the background.
+
+        `state` is JSON-able, one a process; `kept`: further tensors, the same in every process.
+        """
         self.wait()
         states = parallel.gather(state)
         temporary = self.folder / f".step-{step:08}.tmp"
         if parallel.is_main():
-            self._require_space(_tensor_bytes(model))
+            self._require_space(_tensor_bytes(model) + sum(one.nbytes for one in kept.values()))
             shutil.rmtree(temporary, ignore_errors=True)
             make_folder(temporary)
         parallel.barrier()
         written = dcp.async_save(
-            _weights_and_moments(model, optimizer),
+            _weights_and_moments(model, optimizer) | {"kept": dict(kept)},
             storage_writer=dcp.FileSystemWriter(temporary),
             process_group=self.group,
             no_dist=self.group is None,
@@ -123,9 +136,11 @@ class Checkpointer:
             )
         return states[parallel.rank()]
 
-    def load(self, step: int, model: nn.Module, optimizer: Any) -> None:
-        """Puts the weights and moments of a checkpoint into `model` and `optimizer`."""
-        load_weights_and_moments(self._path(step), model, optimizer)
+    def load(
+        self, step: int, model: nn.Module, optimizer: Any, kept: Mapping[str, torch.Tensor] = NOTHING
+    ) -> None:
+        """Puts the tensors of a checkpoint into `model`, `optimizer` and `kept`."""
+        load_weights_and_moments(self._path(step), model, optimizer, kept)
 
     def discard_after(self, step: int) -> None:
         """Removes the checkpoints that are newer than `step`."""
@@ -156,9 +171,11 @@ class Checkpointer:
             )
 
 
-def load_weights_and_moments(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Reads a distributed checkpoint into `model` and `optimizer`, sharded or not, in place."""
-    state = _weights_and_moments(model, optimizer)
+def load_weights_and_moments(
+    folder: Path, model: nn.Module, optimizer: Any, kept: Mapping[str, torch.Tensor] = NOTHING
+) -> None:
+    """Reads a distributed checkpoint into `model` and `optimizer`, sharded or not, and `kept`, in place."""
+    state = _weights_and_moments(model, optimizer) | {"kept": dict(kept)}
     dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
     set_state_dict(
         model,

@@ -1,7 +1,7 @@
 """What a training run makes small. There is one loop; an objective is handed to it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from danlu.model.cross_entropy import linear_cross_entropy, log_probabilities
 from danlu.model.transformer import Transformer
 from danlu.tokens.loader import Batch
 from danlu.tokens.tokenizer import Tokenizer
+from danlu.train.checkpoint import NOTHING
 
 
 class Objective(Protocol):
@@ -23,6 +24,11 @@ class Objective(Protocol):
     """What is said of a batch that counts nothing."""
     measure: str
     """The first of its figures."""
+
+    @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """Further tensors that a checkpoint keeps, and puts back in place."""
+        ...
 
     @property
     def shown(self) -> dict[str, float]:
@@ -57,7 +63,7 @@ class Objective(Protocol):
 class LanguageModelling:
     """Nats per supervised token."""
 
-    nothing, measure = "a batch has no supervised token", "held_out_loss"
+    nothing, measure, kept = "a batch has no supervised token", "held_out_loss", NOTHING
 
     def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         """`tokenizer`: for bits per byte of held-out data."""

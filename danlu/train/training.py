@@ -105,11 +105,11 @@ class Training:
         }
 
     def save(self) -> None:
-        self.checkpoints.save(self.step, self.model, self.optimizer, self.state())
+        self.checkpoints.save(self.step, self.model, self.optimizer, self.state(), self.objective.kept)
 
     def _restore(self, step: int) -> dict[str, Any]:
         state = self.checkpoints.read_state(step)
-        self.checkpoints.load(step, self.model, self.optimizer)
+        self.checkpoints.load(step, self.model, self.optimizer, self.objective.kept)
         self.step, self.drawn, self.tokens = state["step"], state["drawn"], state["tokens"]
         self.loader.load_state_dict(state["loader"])
         self.batches = iter(self.loader)

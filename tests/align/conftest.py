@@ -52,3 +52,18 @@ def chat_model(preferences: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     tokenizer = load_tokenizer(preferences / "tokenizer")
     torch.manual_seed(0)  # the same whatever other tests have drawn
     return save_random_model(tmp_path_factory.mktemp("model") / "chat", tokenizer, noise=0.05)
+
+
+@pytest.fixture(scope="session")
+def text_tokens(preferences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens of text, with the chat model's tokenizer."""
+    folder = tmp_path_factory.mktemp("text")
+    chance = random.Random(1)
+    rows = [
+        {"text": " ".join(f"The {chance.choice(ANIMALS)} sleeps {chance.choice(PLACES)}." for _ in range(9))}
+        for _ in range(60)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(DataConfig(source=str(folder / "rows.jsonl"), held_out=0.1, out=folder / "data"))
+    tokenize(TokenizeConfig(data=folder / "data", tokenizer=preferences / "tokenizer", out=folder / "tokens"))
+    return folder / "tokens"

@@ -13,9 +13,15 @@ from danlu.align.config import PPOConfig
 from danlu.align.ppo import Critic, ppo
 from danlu.align.rewards import RULES
 from danlu.align.rollouts import Drawn, RolloutBatch
+from danlu.core.errors import UserError
 from danlu.core.metrics import read_metrics
+from danlu.data.config import DataConfig
+from danlu.data.prepare import prepare
 from danlu.model.checkpoint import load
+from danlu.tokens.bpe import train_tokenizer
+from danlu.tokens.config import TokenizeConfig, TokenizerConfig
 from danlu.tokens.loader import Batch
+from danlu.tokens.tokenize import tokenize
 from danlu.train.loop import Hooks
 
 QUICK: dict[str, Any] = {
@@ -241,11 +247,12 @@ def test_the_value_head_foresees_what_the_prompt_decides(
     monkeypatch.setitem(RULES, "ended", by_prompt)
     values: dict[str, Any] = {
         "held_out": 0.0,
-        "value_weight": 1.0,
+        "value_weight": 3.0,
+        "value_clip": 0.0,
         "kl": 0.01,
         "rewards": [{"rule": "ended"}],
     }
-    ppo(config(prompts, chat_model, tmp_path, steps=80, **values))
+    ppo(config(prompts, chat_model, tmp_path, steps=120, **values))
     explained = [row["explained"] for row in read_metrics(tmp_path) if "explained" in row]
     assert explained[0] < 0.1
     assert sum(explained[-8:]) / 8 > 0.5
@@ -263,8 +270,64 @@ def test_the_weight_of_the_divergence_adapts(prompts: Path, chat_model: Path, tm
     assert rows[0]["kl_weight"] < 0.05
 
 
-def test_a_run_that_was_cut_resumes_to_the_bit(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
-    """Policy, value head, the adapted weight, and what is left of a rollout."""
+def test_text_is_learnt_beside(prompts: Path, chat_model: Path, text_tokens: Path, tmp_path: Path) -> None:
+    """By its mean loss a token, once, however a batch is cut; replies count as without it."""
+    values: dict[str, Any] = {"pretraining": text_tokens, "pretraining_rows": 3, "pretraining_weight": 0.7}
+    model, source, batches, _ = rolled_out(config(prompts, chat_model, tmp_path, **values))
+    batch = batches[0]
+    rows = batch.text.sum(1) > 0
+    assert int(rows.sum()) == 3
+    assert not (batch.weights[rows] > 0).any()
+    logs = model(batch.ids[rows], batch.positions[rows], batch.segments[rows]).log_softmax(-1)
+    nats = -logs.gather(2, batch.targets[rows][..., None])[..., 0]
+    mean = nats[batch.text[rows] > 0].mean()
+    bare = RolloutBatch(**{name: value[~rows] for name, value in vars(batch).items()})
+    wanted = source.loss(model, bare, 7.0) + 0.7 * mean
+    wanted.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    for parts in (1, 2):
+        model.zero_grad()
+        assert float(source.count(batch)) == float(source.count(bare))
+        whole = sum(source.loss(model, part, 7.0) for part in batch.split(parts))
+        assert whole.item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert source.shown["pretraining_loss"] == pytest.approx(mean.item(), rel=1e-5)
+        whole.backward()
+        for found, right in zip(
+            (p.grad for p in model.parameters() if p.grad is not None), gradients, strict=True
+        ):
+            torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-3)
+
+
+def test_text_of_another_tokenizer(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    rows = [{"text": f"Something else, number {n}: {'word ' * n}"} for n in range(40)]
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(DataConfig(source=str(folder / "rows.jsonl"), held_out=0.2, out=folder / "data"))
+    train_tokenizer(TokenizerConfig(data=folder / "data", vocab_size=270, out=folder / "tokenizer"))
+    tokenize(TokenizeConfig(data=folder / "data", tokenizer=folder / "tokenizer", out=folder / "tokens"))
+    with pytest.raises(UserError, match="another tokenizer"):
+        ppo(config(prompts, chat_model, tmp_path / "out", pretraining=folder / "tokens"))
+
+
+def test_a_reference_that_follows(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    """After each rollout it is so much of itself, and the rest of the policy that drew."""
+    model, source, _, _ = rolled_out(config(prompts, chat_model, tmp_path, reference_decay=0.75))
+    assert source.reference is not None
+    first = load(str(chat_model), dtype=torch.float32)[0].state_dict()
+    policy = {name: one.detach() for name, one in model.named_parameters()}
+    for name, one in source.reference.named_parameters():
+        torch.testing.assert_close(one, 0.75 * first[name] + 0.25 * policy[name])
+    lora = {"rank": 4, "alpha": 8.0}
+    with pytest.raises(UserError, match="the base below the adapter, which stays"):
+        ppo(config(prompts, chat_model, tmp_path / "out", reference_decay=0.75, lora=lora))
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_run_that_was_cut_resumes_to_the_bit(
+    follows: bool, prompts: Path, chat_model: Path, text_tokens: Path, tmp_path: Path
+) -> None:
+    """Policy, value head, the adapted weight, what is left of a rollout; a reference that moves, and text."""
 
     class Stop(Hooks):
         def batches(self, index: int, batches: list[Batch]) -> list[Batch]:
@@ -273,6 +336,8 @@ def test_a_run_that_was_cut_resumes_to_the_bit(prompts: Path, chat_model: Path, 
             return batches
 
     settings: dict[str, Any] = {"steps": 9, "checkpoint_every": 3, "kl_target": 0.5}
+    if follows:
+        settings |= {"reference_decay": 0.8, "pretraining": text_tokens}
     whole = ppo(config(prompts, chat_model, tmp_path / "whole", **settings))
     with pytest.raises(RuntimeError, match="killed"):
         ppo(config(prompts, chat_model, tmp_path / "cut", **settings), Stop())

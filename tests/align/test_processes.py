@@ -98,14 +98,26 @@ def test_gradients_of_preferences_however_they_are_cut(
 
 @pytest.mark.parametrize(
     ("verb", "options"),
-    [("grpo", {}), ("grpo", {"advantage": "global"}), ("ppo", {"whiten_rewards": True, "kl_target": 0.5})],
+    [
+        ("grpo", {}),
+        ("grpo", {"advantage": "global"}),
+        ("ppo", {"whiten_rewards": True, "kl_target": 0.5}),
+        ("ppo", {"reference_decay": 0.8, "pretraining": "text"}),
+    ],
     ids=str,
 )
 def test_two_processes_draw_and_learn_as_one(
-    verb: str, options: dict[str, Any], prompts: Path, chat_model: Path, tmp_path: Path
+    verb: str,
+    options: dict[str, Any],
+    prompts: Path,
+    chat_model: Path,
+    text_tokens: Path,
+    tmp_path: Path,
 ) -> None:
     """Each draws replies to its part of the prompts and learns from its part of them; one in parts."""
     curves = []
+    if "pretraining" in options:
+        options = {**options, "pretraining": str(text_tokens)}
     for processes, accumulate in ((1, 2), (2, 1)):
         out = tmp_path / str(processes)
         settings = {"data": str(prompts), "init_from": str(chat_model), "out": str(out), **RL, **options}
@@ -123,10 +135,11 @@ def test_two_processes_draw_and_learn_as_one(
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ppo_that_is_killed_ends_with_the_same_bytes(
-    processes: int, prompts: Path, chat_model: Path, tmp_path: Path
+    processes: int, prompts: Path, chat_model: Path, text_tokens: Path, tmp_path: Path
 ) -> None:
     """At random moments, within a rollout too: two updates are made of one."""
     options = {"steps": 12, "checkpoint_every": 3, "eval_every": 8, "kl_target": 0.5}
+    options |= {"reference_decay": 0.8, "pretraining": str(text_tokens)}
     settings = {"data": str(prompts), "init_from": str(chat_model), **RL, **options}
 
     def arguments(name: str) -> list[str]:

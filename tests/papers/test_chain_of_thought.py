@@ -30,11 +30,15 @@ SETUP = Setup(n_steps=(2, 4, 6))
 def test_problems_are_worked_from_left_to_right_modulo_ten() -> None:
     for seed in range(50):
         question, steps, answer = problem(random.Random(seed), 5)
-        value = int(question[0])
-        for place, step in enumerate(steps.split(" ")):
-            worked, result = step.split("=")
-            assert worked == f"{value}{question[1 + 2 * place : 3 + 2 * place]}"
-            assert eval(worked) % 10 == int(result)  # digits and signs of our own
+        first, *asked = question.split(" ")
+        begun, *worked = steps.split(" ")
+        assert first == begun
+        value = int(first)
+        for letter, one, step in zip("abcde", asked, worked, strict=True):
+            assert one.startswith(letter)
+            operation, result = step.split("=")
+            assert operation == one
+            assert eval(f"{value}{one[1:]}") % 10 == int(result)  # digits and signs of our own
             value = int(result)
         assert answer == str(value)
 
