@@ -9,6 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from danlu.align.replies import replies_of
+from danlu.tokens.loader import Batch
+
 
 def clipped(log_ratio: Tensor, advantages: Tensor, low: float = 0.2, high: float = 0.2) -> Tensor:
     """−min(ρ A, clip(ρ, 1 − low, 1 + high) A) (Schulman et al. 2017, equation 7)."""
@@ -50,11 +53,23 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": 
 # From tokens to one number
 
 
-def by_reply(losses: Tensor, mask: Tensor) -> Tensor:
-    """(B,) Mean over each reply's tokens: every reply counts the same (GRPO)."""
-    return (losses * mask).sum(1) / mask.sum(1).clamp(min=1)
+def count_of(batch: Batch, averaging: str) -> Tensor:
+    """What a mean is taken over: the batch's tokens that count (`token`), or its replies."""
+    return batch.weights.sum() if averaging == "token" else torch.tensor(len(replies_of(batch).rank))
 
 
-def by_length(losses: Tensor, mask: Tensor, longest: int) -> Tensor:
-    """(B,) Sum over each reply's tokens, over the longest length there may be (Liu et al. 2025, Dr. GRPO)."""
-    return (losses * mask).sum(1) / longest
+def token_weights(batch: Batch, averaging: str, longest: int) -> Tensor:
+    """(B, T) of each token in the sum that is divided by `count_of`.
+
+    `reply`: a mean over each reply's tokens, every reply counts the same (GRPO); `token`: every token does
+    (DAPO); `length`: each reply's sum over the longest length there may be (Liu et al. 2025, Dr. GRPO).
+    """
+    if averaging == "token":
+        return batch.weights
+    if averaging == "length":
+        return batch.weights / longest
+    replies = replies_of(batch)
+    share = 1 / replies.lengths[replies.of_token].float()
+    return (
+        torch.zeros_like(batch.weights).flatten().index_copy(0, replies.tokens, share).view_as(batch.weights)
+    )

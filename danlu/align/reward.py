@@ -133,13 +133,17 @@ class RewardModel:
         if not self.model.config.scores:
             raise UserError(f"{ref} is no model of rewards", "train one: danlu reward")
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[Messages], replies: Sequence[str]) -> list[float]:
         """The reward of each reply to its prompt. Raises UserError for one beyond the model's context."""
         rows = []
         for prompt, reply in zip(prompts, replies, strict=True):
             rendered = render_reply(prompt, reply, self.tokenizer)
             rows.append(rendered.ids[: len(rendered.mask) - rendered.mask[::-1].index(True)])
+        return self.of_rows(rows)
+
+    @torch.no_grad()
+    def of_rows(self, rows: Sequence[list[int]]) -> list[float]:
+        """The rewards of rows of ids, each up to the token that ends its reply."""
         assert self.model.score is not None
         return self.model.score(self.states(rows))[:, 0].tolist()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from danlu.align.advantages import gae, whitened
 from danlu.align.config import RLConfig
-from danlu.align.policy_losses import KL_ESTIMATORS, clipped
+from danlu.align.policy_losses import KL_ESTIMATORS, clipped, count_of, token_weights
 from danlu.align.replies import replies_of
 from danlu.align.rewards import SummedReward
 from danlu.align.rollouts import (
@@ -265,8 +265,7 @@ class Policy:
 
     def count(self, batch: Batch) -> Tensor:
         self._seen = []  # all are counted before the first loss
-        n = batch.weights.sum() if self.config.averaging == "token" else len(replies_of(batch).rank)
-        return torch.as_tensor(n, dtype=torch.float64, device=batch.ids.device)
+        return count_of(batch, self.config.averaging).to(batch.ids.device, torch.float64)
 
     def loss(self, model: Transformer, batch: Batch, count: float) -> Tensor:
         assert isinstance(batch, RolloutBatch)
@@ -280,7 +279,8 @@ class Policy:
         losses = losses + self.further(model, batch, hidden, log_probs)
         beside = self._text_loss(model, batch, hidden)
         self._see(batch, log_probs.detach(), log_ratio.detach(), entropies, float(beside.detach()))
-        of_replies = (losses * self._weights(batch)).sum() / count
+        weights = token_weights(batch, self.config.averaging, self.config.max_tokens)
+        of_replies = (losses * weights).sum() / count
         return of_replies + self.config.pretraining_weight * beside
 
     def _text_loss(self, model: Transformer, batch: RolloutBatch, hidden: Tensor) -> Tensor:
@@ -300,21 +300,6 @@ class Policy:
     def further(self, model: Transformer, batch: RolloutBatch, hidden: Tensor, log_probs: Tensor) -> Any:
         """What is added to each token's loss."""
         return 0.0
-
-    def _weights(self, batch: Batch) -> Tensor:
-        """(B, T) of each token in the sum that is divided by `count`."""
-        if self.config.averaging == "token":
-            return batch.weights
-        if self.config.averaging == "length":
-            return batch.weights / self.config.max_tokens
-        replies = replies_of(batch)
-        share = 1 / replies.lengths[replies.of_token].float()
-        return (
-            torch.zeros_like(batch.weights)
-            .flatten()
-            .index_copy(0, replies.tokens, share)
-            .view_as(batch.weights)
-        )
 
     def _see(
         self, batch: RolloutBatch, log_probs: Tensor, log_ratio: Tensor, entropies: Tensor, beside: float

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import time
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from danlu.generate.sampling import SamplingParams
 from danlu.model import parallel
 from danlu.model.transformer import Transformer
 from danlu.tokens.chat import render_prompt
-from danlu.tokens.loader import Batch, PackedLoader
+from danlu.tokens.loader import Batch, BestFit, PackedLoader
 from danlu.tokens.tokenizer import Tokenizer
 
 
@@ -235,23 +234,18 @@ class Drawer:
 
 def pack(pairs: Sequence[tuple[list[int], list[int]]], length: int) -> tuple[Batch, Places]:
     """Pairs of a prompt and a reply packed, best fit; the tokens of the replies count."""
-    room: list[tuple[int, int]] = []
+    fit = BestFit(length)
     rows: Places = []
     used: list[int] = []
     for number, (prompt, reply) in enumerate(pairs):
         size = len(prompt) + len(reply) - 1
-        slot = bisect_left(room, (size, -1))
-        if slot < len(room):
-            left, row = room.pop(slot)
-        else:
-            left, row = length, len(rows)
+        row = fit.add(size)
+        if row == len(rows):
             rows.append([])
             used.append(0)
         begin = used[row] + len(prompt) - 1
         rows[row].append((number, begin, begin + len(reply)))
         used[row] += size
-        if left > size:
-            insort(room, (left - size, row))
     shape = (len(rows), length)
     ids, targets, positions = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     weights, segments = torch.zeros(shape), torch.full(shape, -1, dtype=torch.int32)

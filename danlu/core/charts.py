@@ -84,24 +84,28 @@ def smooth(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def loss_chart(rows: Sequence[Row], name: str) -> str:
-    """Training loss, raw and smoothed, held-out loss, and where the guard acted."""
-    steps, losses = series(rows, "loss")
-    calm = smooth(losses, 1 - 1 / max(1.0, len(losses) / 30))  # over a thirtieth of the run
-    held_steps, held = series(rows, "held_out_loss")
-    with chart(f"loss {name}", "step", "loss, nats per token", 2.9) as drawn:
+def learning_chart(rows: Sequence[Row], name: str, key: str, ylabel: str, labels: tuple[str, str]) -> str:
+    """What is learnt by, raw and smoothed, the same of held-out data, and where the guard acted.
+
+    `key`: loss or reward, with held_out_ before it of held-out data; `labels`: of the two lines.
+    """
+    steps, values = series(rows, key)
+    calm = smooth(values, 1 - 1 / max(1.0, len(values) / 30))  # over a thirtieth of the run
+    held_steps, held = series(rows, f"held_out_{key}")
+    with chart(f"{key} {name}", "step", ylabel, 2.9) as drawn:
         axes = drawn.axes
-        axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, calm, color=BLUE, linewidth=1.8, label="training")
+        axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, calm, color=BLUE, linewidth=1.8, label=labels[0])
         if held:
-            axes.plot(held_steps, held, color=ORANGE, marker="o", markersize=4, label="held out")
+            axes.plot(held_steps, held, color=ORANGE, marker="o", markersize=4, label=labels[1])
         for number, row in enumerate(row for row in rows if "event" in row):
             label = "the guard acted" if number == 0 else None
             axes.axvline(row["step"], color=RED, linewidth=1, linestyle="--", label=label)
         axes.legend()
-        drawn.alt = f"Loss of {name} over {steps[-1]} steps, training from {losses[0]:.2f} to {calm[-1]:.2f}"
+        drawn.alt = f"{key.capitalize()} of {name} over {steps[-1]} steps, "
+        drawn.alt += f"{labels[0]} from {values[0]:.3g} to {calm[-1]:.3g}"
         if held:
-            drawn.alt += f", held out {held[-1]:.2f} at the end"
+            drawn.alt += f", {labels[1]} {held[-1]:.3g} at the end"
     return drawn.svg
 
 
@@ -114,22 +118,6 @@ def line_chart(rows: Sequence[Row], name: str, key: str, ylabel: str, scale: flo
         drawn.axes.set_ylim(0, 1.15 * max(scaled))
         drawn.axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         drawn.alt = f"{ylabel} of {name} over {steps[-1]} steps, {scaled[-1]:,.4g} at the end"
-    return drawn.svg
-
-
-def reward_chart(rows: Sequence[Row], name: str) -> str:
-    """Reward of what the policy draws, raw and smoothed, and of its replies to held-out prompts."""
-    steps, values = series(rows, "reward")
-    calm = smooth(values, 1 - 1 / max(1.0, len(values) / 30))
-    held_steps, held = series(rows, "held_out_reward")
-    with chart(f"reward {name}", "step", "mean reward", 2.9) as drawn:
-        axes = drawn.axes
-        axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, calm, color=BLUE, linewidth=1.8, label="drawn to learn from")
-        if held:
-            axes.plot(held_steps, held, color=ORANGE, marker="o", markersize=4, label="held-out prompts")
-        axes.legend()
-        drawn.alt = f"Reward of {name} over {steps[-1]} steps, from {calm[0]:.3g} to {calm[-1]:.3g}"
     return drawn.svg
 
 

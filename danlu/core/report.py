@@ -133,7 +133,7 @@ def _training(stage: Mapping[str, Any]) -> dict[str, Any]:
     rows, name = stage["curves"], stage["name"]
     figures = _reward_figures(rows, name) or [
         Figure(
-            charts.loss_chart([*rows, *stage["events"]], name),
+            charts.learning_chart([*rows, *stage["events"]], name, "loss", "loss", ("training", "held out")),
             f"Loss over the steps: {_LOSSES.get(stage['verb'], _LOSSES[''])}; lower is better. The faint "
             "line is each step, the strong one their moving average; the dots are held-out data, which is "
             "never trained on: where they rise while the line falls, the model learns by heart.",
@@ -169,7 +169,9 @@ def _reward_figures(rows: Sequence[Mapping[str, Any]], name: str) -> list[Figure
         return []
     figures = [
         Figure(
-            charts.reward_chart(rows, name),
+            charts.learning_chart(
+                rows, name, "reward", "mean reward", ("drawn to learn from", "held-out prompts")
+            ),
             "What the policy's replies are worth. The faint line is each rollout, the strong one their "
             "moving average; the dots are replies to prompts that it never learns from.",
         )

@@ -21,11 +21,11 @@ are found, and its training and draws.
   at most 0.05.
 - A model of 1.8 million parameters, a token a character, trained from nothing: 1,600 steps of 16 × 384 tokens
   (Muon, cosine) of conversations of five problems, of which the answers are learnt. A problem is a digit and
-  n of +d, -d, *d, lettered, worked from left to right modulo 10, n from 2 to 8. A conversation has one format, a third
-  each: the answer alone; each step before it; as many dots as the steps have characters. Four solved problems
-  in a format, then the question: 100 questions for each n, the same in every format, greedy. One model: only
-  the prompt differs. It has learnt to work steps when at least half of all problems are right behind chains;
-  otherwise the claims of this part are "not testable".
+  n of +d, -d, *d, lettered, worked from left to right modulo 10, n from 2 to 8. A conversation has one
+  format, a third each: the answer alone; each step before it; as many dots as the steps have characters. Four
+  solved problems in a format, then the question: 100 questions for each n, the same in every format, greedy.
+  One model: only the prompt differs. It has learnt to work steps when at least half of all problems are right
+  behind chains; otherwise the claims of this part are "not testable".
   "The prompt's steps help" holds when the mean of chain minus direct is above 0, whole interval; "more steps,
   more gain" when the slope of the gain over n is (least squares; questions resampled, paired).
 - Control (null = the lower end of dots minus direct is at most 0.05): as many characters, but no steps.

@@ -185,24 +185,38 @@ class _StreamPlan(_Plan):
         return pieces
 
 
-class _FitPlan(_Plan):
-    """What is added goes into the fullest row that still has room for it."""
+class BestFit:
+    """Rows of so many places; what is added goes into the fullest one that still has room for it."""
 
     def __init__(self, length: int) -> None:
-        self.length = length
+        self.length, self.n_rows = length, 0
+        self._room: list[tuple[int, int]] = []  # (places left, row), sorted
+
+    def add(self, size: int) -> int:
+        """The number of its row, which may be the next one."""
+        slot = bisect_left(self._room, (size, -1))
+        if slot < len(self._room):
+            left, row = self._room.pop(slot)
+        else:
+            left, row = self.length, self.n_rows
+            self.n_rows += 1
+        if left > size:
+            insort(self._room, (left - size, row))
+        return row
+
+
+class _FitPlan(_Plan):
+    """Documents that are not cut."""
+
+    def __init__(self, length: int) -> None:
+        self.fit = BestFit(length)
         self.rows: list[list[Piece]] = []
-        self.room: list[tuple[int, int]] = []  # (pairs left, row), sorted
 
     def add(self, pairs: int) -> list[Piece]:
         """The row with room for so many pairs."""
-        slot = bisect_left(self.room, (pairs, -1))
-        if slot < len(self.room):
-            left, row = self.room.pop(slot)
-        else:
-            left, row = self.length, len(self.rows)
+        row = self.fit.add(pairs)
+        if row == len(self.rows):
             self.rows.append([])
-        if left > pairs:
-            insort(self.room, (left - pairs, row))
         return self.rows[row]
 
     @property

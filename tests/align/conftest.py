@@ -67,3 +67,13 @@ def text_tokens(preferences: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     prepare(DataConfig(source=str(folder / "rows.jsonl"), held_out=0.1, out=folder / "data"))
     tokenize(TokenizeConfig(data=folder / "data", tokenizer=preferences / "tokenizer", out=folder / "tokens"))
     return folder / "tokens"
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four questions, each with a number as its answer."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    animals = ("cat", "dog", "fox", "owl", "hare", "goose", "otter", "heron")
+    rows = [{"prompt": f"Where is the {name}{n * '!'}?", "answer": n} for name in animals for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

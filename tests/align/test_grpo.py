@@ -43,15 +43,6 @@ QUICK: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    animals = ("cat", "dog", "fox", "owl", "hare", "goose", "otter", "heron")
-    rows = [{"prompt": f"Where is the {name}{n * '!'}?", "answer": n} for name in animals for n in range(3)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def config(prompts: Path, chat_model: Path, out: Path, **values: Any) -> GRPOConfig:
     return GRPOConfig(**{"data": prompts, "init_from": chat_model, "out": out, **QUICK, **values})
 

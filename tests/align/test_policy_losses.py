@@ -12,8 +12,16 @@ from datasets import Dataset
 from torch import Tensor
 
 from danlu.align.advantages import gae, group_normalised, leave_one_out, whitened
-from danlu.align.policy_losses import KL_ESTIMATORS, by_length, by_reply, clipped, clipped_values, k3
+from danlu.align.policy_losses import (
+    KL_ESTIMATORS,
+    clipped,
+    clipped_values,
+    count_of,
+    k3,
+    token_weights,
+)
 from danlu.tokens.bpe import train_bpe
+from danlu.tokens.loader import Batch
 
 B, T = 6, 9
 
@@ -106,11 +114,10 @@ def test_grpo(kind: str, beta: float, weighted: bool, parts: dict[str, Any], tmp
     losses = clipped(reply["now"] - reply["old"], reply["advantages"][:, None], 0.1, 0.25)
     ratio = (reply["now"] - reply["old"]).exp() if weighted else 1.0
     losses = losses + beta * ratio * k3(reply["now"], reply["ref"])
-    found = {
-        "grpo": by_reply(losses, reply["mask"]).mean(),
-        "dr_grpo": by_length(losses, reply["mask"], T).mean(),
-        "dapo": (losses * reply["mask"]).sum() / reply["mask"].sum(),
-    }[kind]
+    averaging = {"grpo": "reply", "dr_grpo": "length", "dapo": "token"}[kind]
+    nothing = torch.zeros(B, T, dtype=torch.long)
+    batch = Batch(nothing, nothing, reply["mask"], nothing, nothing)
+    found = (losses * token_weights(batch, averaging, T)).sum() / count_of(batch, averaging)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     gradients = [torch.autograd.grad(loss, reply["now"])[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)

@@ -56,15 +56,6 @@ def call(processes: int, *arguments: str) -> None:
     assert process.returncode == 0, errors
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    animals = ("cat", "dog", "fox", "owl", "hare", "goose", "otter", "heron")
-    rows = [{"prompt": f"Where is the {name}{n * '!'}?"} for name in animals for n in range(3)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 LOSSES: list[tuple[str, dict[str, Any]]] = [
     ("reward", {}),
     ("reward", {"weighting": "ranking", "centre": 0.1}),

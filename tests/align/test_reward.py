@@ -145,9 +145,9 @@ def test_rewards_of_texts_are_those_of_packed_tokens(trained: Any, preferences: 
             row, place = divmod(end, batch.ids.shape[1])
             begin = place - int(batch.positions[row, place])
             rows.append(batch.ids[row, begin : place + 1].tolist())
-        alone = [model._rewards([row])[0] for row in rows]
+        alone = [model.of_rows([row])[0] for row in rows]
         assert packed == pytest.approx(alone, abs=1e-4)
-        assert model._rewards(rows) == pytest.approx(alone, abs=1e-4)
+        assert model.of_rows(rows) == pytest.approx(alone, abs=1e-4)
 
 
 def test_a_model_of_rewards_goes_on_learning(trained: Any, preferences: Path, tmp_path: Path) -> None:
