@@ -233,7 +233,7 @@ def pairs_of(labels: Sequence[Path], part: str, limit: int | None = None) -> lis
     """The preferences of a part of `label`'s folders, or the first of them."""
     rows = (row for path in labels for _, row in read_rows(path / f"{part}.jsonl.zst"))
     return [
-        Document(str(number), "", row["messages"], replies=row["replies"])
+        Document(str(number), "", row["prompt"], replies=row["replies"])
         for number, row in enumerate(islice(rows, limit))
     ]
 

@@ -218,7 +218,7 @@ def chitchat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL: dict[str, tuple[Any, Any]] = {
     "hh": (
         hh.run,
-        hh.Setup(steps=(12, 6), seeds=2, labels=80, rollouts=3, batch_size=16, prompts=500),
+        hh.Setup(steps=(12, 6), seeds=2, labels=80, rollouts=3, batch_size=16, prompts=600),
     ),
     "overoptimization": (
         overoptimization.run,
