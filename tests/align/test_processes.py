@@ -128,7 +128,7 @@ def test_two_processes_draw_and_learn_as_one(
 def test_ppo_that_is_killed_ends_with_the_same_bytes(
     processes: int, prompts: Path, chat_model: Path, text_tokens: Path, tmp_path: Path
 ) -> None:
-    """At random moments, within a rollout too: two updates are made of one."""
+    """After some steps, at a random moment within one, within a rollout too: two updates are made of one."""
     options = {"steps": 12, "checkpoint_every": 3, "eval_every": 8, "kl_target": 0.5}
     options |= {"reference_decay": 0.8, "pretraining": str(text_tokens)}
     settings = {"data": str(prompts), "init_from": str(chat_model), **RL, **options}
@@ -136,23 +136,26 @@ def test_ppo_that_is_killed_ends_with_the_same_bytes(
     def arguments(name: str) -> list[str]:
         return ["ppo", json.dumps({**settings, "out": str(tmp_path / name)})]
 
-    begin = time.monotonic()
+    def steps() -> int:
+        log = tmp_path / "killed" / "metrics.jsonl"
+        return log.read_text(encoding="utf-8").count('"loss"') if log.exists() else 0
+
     call(processes, *arguments("whole"))
-    whole = time.monotonic() - begin
     chance, kills = random.Random(0), 0
-    for _ in range(40):
+    while True:
         process = start(processes, *arguments("killed"))
-        try:
-            process.communicate(timeout=whole * chance.uniform(0.5, 0.95))
-        except subprocess.TimeoutExpired:
-            for child in children(process.pid):
-                os.kill(child, signal.SIGKILL)
-            process.kill()
-            process.communicate()
-            kills += 1
-        else:
-            assert process.returncode == 0
+        wanted = steps() + chance.randint(1, 4)
+        while process.poll() is None and steps() < wanted:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.2))  # somewhere within a step
+        if process.poll() is not None:
+            assert process.returncode == 0, process.communicate()[1]
             break
+        for child in children(process.pid):
+            os.kill(child, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+        kills += 1
     assert kills > 0
     hashes = [
         hashlib.sha256((tmp_path / name / "model" / "model.safetensors").read_bytes()).hexdigest()
