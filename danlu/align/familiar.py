@@ -1,7 +1,7 @@
 """How unlike a prompt is what a model of rewards has seen: where it is strange, its rewards mean little.
 
-Bai et al. 2022 (HH, section 5.4) turn strange requests away by the Mahalanobis distance of a preference
-model's activations from those of known prompts, in its usual and in a relative form.
+Bai et al. 2022 (HH, section 5.4) turn strange requests away by such a distance of a preference model's
+activations from those of known prompts.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,7 @@ class Familiar:
             )
         self.mean = states.mean(0)
         covariance = torch.cov(states.T)
-        self.variances = covariance.diagonal()
-        covariance.diagonal().add_(RIDGE * self.variances.mean())
+        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
         self.precision = torch.linalg.inv(covariance)
 
     def __call__(self, prompts: Sequence[Messages]) -> list[float]:

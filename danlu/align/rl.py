@@ -55,6 +55,11 @@ def check(config: RLConfig, name: str) -> None:
             f"{name} with lora and reference_decay: the reference is the base below the adapter, which stays",
             "leave one of them out",
         )
+    if config.reference_decay < 1 and not config.kl and not config.stop_kl:
+        raise UserError(
+            f"{name} with reference_decay: nothing is held to a reference",
+            "set kl or stop_kl, or leave it out",
+        )
     replies, processes = config.batch_size * config.group_size, int(os.environ.get("WORLD_SIZE", "1"))
     if replies < config.updates * processes:
         raise UserError(
@@ -129,13 +134,14 @@ class Policy:
             "batch_size": self.config.pretraining_rows,
             "accumulate": 1,
         }
-        text = Data(config.model_copy(update=changes), "text")
+        own = config.model_copy(update=changes)
+        text = Data(own, "text")
         if text.tokenizer.fingerprint() != self.tokenizer.fingerprint():
             raise UserError(
                 f"{self.config.pretraining} has the tokens of another tokenizer than {self.config.init_from}",
                 "run `danlu tokenize` with the model's",
             )
-        return text.loader(config.model_copy(update=changes))
+        return text.loader(own)
 
     def finish_rollout(self, drawn: Sequence[Drawn]) -> tuple[list[RolloutBatch], dict[str, float]]:
         """The batches of one rollout's updates, this process's part of each, and the rollout's figures."""

@@ -45,7 +45,7 @@ WANTED = (
 
 
 def sizes(width: int, n_layers: int, ffn_width: int) -> ModelConfig:
-    """A LLaMA with heads of 64, or of 32 where it is narrow."""
+    """A LLaMA with heads of 64, or with one head where it is narrower than two."""
     heads = max(1, width // 64)
     return ModelConfig(
         vocab_size=VOCABULARY,

@@ -309,6 +309,8 @@ def test_a_reference_that_follows(prompts: Path, chat_model: Path, tmp_path: Pat
     policy = {name: one.detach() for name, one in model.named_parameters()}
     for name, one in source.reference.named_parameters():
         torch.testing.assert_close(one, 0.75 * first[name] + 0.25 * policy[name])
+    with pytest.raises(UserError, match="nothing is held to a reference"):
+        ppo(config(prompts, chat_model, tmp_path / "out", reference_decay=0.75, kl=0.0))
     lora = {"rank": 4, "alpha": 8.0}
     with pytest.raises(UserError, match="the base below the adapter, which stays"):
         ppo(config(prompts, chat_model, tmp_path / "out", reference_decay=0.75, lora=lora))
