@@ -238,12 +238,13 @@ def answers(model: Path, asked: Sequence[Question]) -> Answers:
     engine = Engine(*danlu.load(model, dtype=torch.float32))
     letters = [engine.tokenizer.encode(letter) for letter in LETTERS]
     pairs = [(engine.prompt_ids(one.prompt), letter) for one in asked for letter in letters]
-    logs = [one.logprob for one in engine.likelihoods(pairs)]
-    n = len(LETTERS)
-    return Answers(
-        [choice_probabilities(logs[begin : begin + n]) for begin in range(0, len(logs), n)],
-        [LETTERS.index(one.letter) for one in asked],
-    )
+    return chosen(engine, pairs, [LETTERS.index(one.letter) for one in asked])
+
+
+def chosen(engine: Engine, pairs: Sequence[tuple[list[int], list[int]]], right: list[int]) -> Answers:
+    """Of the choices of each question, four in a row."""
+    logs, n = [one.logprob for one in engine.likelihoods(pairs)], len(LETTERS)
+    return Answers([choice_probabilities(logs[i : i + n]) for i in range(0, len(logs), n)], right)
 
 
 def describe(setup: Setup) -> Answers:
@@ -259,12 +260,7 @@ def describe(setup: Setup) -> Answers:
         pairs += [
             (context, engine.prompt_ids(f"{one.context} {choice}")[len(context) :]) for choice in one.choices
         ]
-    logs = [one.logprob for one in engine.likelihoods(pairs)]
-    n = len(LETTERS)
-    return Answers(
-        [choice_probabilities(logs[begin : begin + n]) for begin in range(0, len(logs), n)],
-        [one.answer for one in asked],
-    )
+    return chosen(engine, pairs, [one.answer for one in asked])
 
 
 # Verdicts

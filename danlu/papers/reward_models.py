@@ -40,12 +40,11 @@ import torch
 
 import danlu
 from danlu.align.reward import RewardModel
-from danlu.align.rollouts import pack
 from danlu.data.conversations import Messages, plain_text
 from danlu.data.documents import Document, read_rows, write_documents
 from danlu.evaluate.calibration import calibration_error
 from danlu.evaluate.intervals import t_interval
-from danlu.model.cross_entropy import log_probabilities
+from danlu.generate.engine import Engine
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.protocol import Claim, Control, Result, at_least, judged, save_plot
 from danlu.papers.small_talk import (
@@ -222,27 +221,17 @@ def best_rows(whole: Sequence[Document], tokenizer: Path, out: Path) -> Path:
 
 def imitated(rows: Path, base: Path, held: Sequence[Asked], out: Path, seed: int, n: int) -> Scores:
     """Mean log-probabilities under a model that was fine-tuned on the best replies."""
-    model, tokenizer = danlu.load(
-        imitate(rows, base, out / "imitation", max(1, 4 * n // 80), seed), dtype=torch.float32
-    )
-    flat: list[float] = []
-    with torch.no_grad():
-        for one in held:
-            rendered = [render_reply(one.prompt, reply, tokenizer) for reply in one.replies]
-            parts = []
-            for each in rendered:
-                first = each.mask.index(True)
-                parts.append(
-                    (each.ids[:first], each.ids[first : len(each.mask) - each.mask[::-1].index(True)])
-                )
-            batch, places = pack(parts, 256)
-            logs = log_probabilities(model, batch, counted=True)
-            means = {
-                number: float(logs[row, begin:end].mean())
-                for row, spans in enumerate(places)
-                for number, begin, end in spans
-            }
-            flat += [means[number] for number in range(REPLIES)]
+    model = imitate(rows, base, out / "imitation", max(1, 4 * n // 80), seed)
+    engine = Engine(*danlu.load(model, dtype=torch.float32))
+    pairs = []
+    for one in held:
+        for reply in one.replies:
+            rendered = render_reply(one.prompt, reply, engine.tokenizer)
+            first = rendered.mask.index(True)
+            end = len(rendered.mask) - rendered.mask[::-1].index(True)
+            pairs.append((rendered.ids[:first], rendered.ids[first:end]))
+    found = engine.likelihoods(pairs)
+    flat = [own.logprob / len(reply) for own, (_, reply) in zip(found, pairs, strict=True)]
     return [flat[n : n + REPLIES] for n in range(0, len(flat), REPLIES)]
 
 
