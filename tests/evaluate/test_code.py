@@ -22,7 +22,7 @@ from danlu.evaluate.code.config import CodeConfig
 from danlu.evaluate.code.languages import run_source, shown
 from danlu.evaluate.code.pass_at_k import mean_pass_at_k, pass_at_k
 from danlu.evaluate.code.problems import Problem, read_code_align, read_problems
-from danlu.evaluate.code.samples import beginning, completed, cut, from_chat, program_of
+from danlu.evaluate.code.samples import beginning, completed, cut, from_chat, program_of, stops
 from danlu.evaluate.code.score import ABOUT, code, problems_of, show
 from danlu.evaluate.code.task import passes
 from danlu.evaluate.intervals import wilson_interval
@@ -128,7 +128,9 @@ def test_a_line_at_the_margin_stands_on_its_own(problems: Path) -> None:
     text = {"prompt": '"""Adds 1."""\n', "reference": "def add(x):\n    return x + 1\n"}
     problem = replace(read_problems(problems)["Try/1"], **text)
     assert beginning(problem) == problem.prompt
-    assert completed(f"{problem.reference}\ndef more", problem) == {"completion": problem.reference + "\n"}
+    text = f"\n{problem.reference}\ndef more"
+    assert completed(text, problem) == {"completion": problem.reference + "\n"}
+    assert not any(stop in f"\n{problem.reference}" for stop in stops(problem))
 
 
 def test_the_code_of_an_answer(problems: Path) -> None:

@@ -69,7 +69,19 @@ def beginning(problem: Problem) -> str:
     as no model has seen one, and many take it for the end of the code.
     """
     text = problem.ask or problem.prompt
-    return text.rstrip() if problem.reference[:1].isspace() else text
+    return text.rstrip() if _is_indented(problem) else text
+
+
+def _is_indented(problem: Problem) -> bool:
+    """Whether a completion begins within the function; MBPP's begins it."""
+    return problem.reference[:1].isspace()
+
+
+def stops(problem: Problem) -> tuple[str, ...]:
+    """Texts at which a sample ends, so that little more is generated than `cut` keeps."""
+    if problem.language != "python":
+        return ()
+    return (*_STOPS, "\ndef ") if _is_indented(problem) else (*_STOPS, "\nassert ", '\n"""')
 
 
 def completed(text: str, problem: Problem) -> dict[str, str]:
@@ -77,7 +89,8 @@ def completed(text: str, problem: Problem) -> dict[str, str]:
 
     A completion; a solution where its first white space is not the prompt's last.
     """
-    kept, begin = cut(text, problem.language), beginning(replace(problem, ask=""))
+    kept = cut(text if _is_indented(problem) else text.lstrip("\n"), problem.language)
+    begin = beginning(replace(problem, ask=""))
     space = problem.prompt[len(begin) :]
     if not kept or kept.startswith(space):
         return {"completion": kept[len(space) :]}
@@ -88,6 +101,10 @@ _PYTHON_END = re.compile(
     r"^(?=class\b|def\b|async def\b|#|if\b|print\b|@|```|<|import\b|from\b)", re.MULTILINE
 )
 """Chen et al. 2021, section 2.2: a completion ends where something begins at the margin that isn't its."""
+
+
+_STOPS = ("\nclass ", "\n#", "\nif __name__", "\nprint(", "\n```")
+"""Chen et al. 2021's, less what begins a function."""
 
 
 def cut(text: str, language: Language) -> str:

@@ -47,7 +47,15 @@ from danlu.evaluate.code.run import (
     missing_toolchains,
     references,
 )
-from danlu.evaluate.code.samples import Sample, beginning, chat_prompt, completed, from_chat, read_samples
+from danlu.evaluate.code.samples import (
+    Sample,
+    beginning,
+    chat_prompt,
+    completed,
+    from_chat,
+    read_samples,
+    stops,
+)
 from danlu.evaluate.sets import located
 
 FILES = {
@@ -57,8 +65,6 @@ FILES = {
 }
 ALIGN = {"code-align/human_eval": "human_eval", "code-align/find_bug": "alignment/find_bug"}
 """Folders of code-align's archive that hold problems."""
-STOPS = ("\nclass ", "\ndef ", "\n#", "\nif __name__", "\nprint(", "\n```")
-"""Texts at which Python's samples end, so that no more is generated than `cut` keeps (Chen et al. 2021)."""
 
 
 def code(config: CodeConfig) -> dict[str, Any]:
@@ -226,7 +232,7 @@ def _engine(config: CodeConfig, temperature: float) -> Ask:
                 temperature=temperature,
                 top_p=config.top_p,
                 seed=config.seed + number,
-                stop=STOPS if problem.language == "python" and not config.chat else (),
+                stop=() if config.chat else stops(problem),
             )
             for problem, number in asked
         ]
@@ -241,8 +247,8 @@ def _server(config: CodeConfig, temperature: float) -> Ask:
     served = ServedLM(config.url, config.model, config.chat)
 
     def ask(prompts: Sequence[Any], asked: Asked, found: Found) -> None:
-        python = all(problem.language == "python" for problem, _ in asked)
-        stop = STOPS if python and not config.chat else ()
+        each = {stops(problem) for problem, _ in asked}
+        stop = each.pop() if len(each) == 1 and not config.chat else ()
         for begin in track(range(0, len(prompts), AT_ONCE), "samples", unit=f"times {AT_ONCE} requests"):
             some = prompts[begin : begin + AT_ONCE]
             answers = served.answers(some, config.max_tokens, temperature, config.top_p, stop)
