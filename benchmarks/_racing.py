@@ -129,10 +129,10 @@ class Loop:
 
     def steps(self, n: int) -> tuple[float, list[Any], int]:
         """Runs `n` steps: their seconds, what each said, and the peak of memory in bytes."""
-        self.connection.send(n)
         try:
+            self.connection.send(n)
             seconds, said, memory = self.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionError):
             raise Absent(f"{self.name} can't take part: its process died") from None
         return seconds, said, memory
 
