@@ -168,7 +168,7 @@ def run_trl(race: Race, turn: Any, dtype: str, weights: str = "float32") -> None
             if not turn(said):
                 raise Over
 
-    def length(completions: list[Any], **_: Any) -> list[float]:
+    def length(completions: list[Any], **_: Any) -> list[float | None]:
         return [len(one[0]["content"]) / 100 for one in completions]
 
     rows = [json.loads(line) for line in race.data.read_text(encoding="utf-8").splitlines()]
