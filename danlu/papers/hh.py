@@ -11,7 +11,7 @@ The rule, written before the first run:
   hundred characters. Replies have at most 24 tokens.
 - A label: of two replies to a prompt the one that is worth more (none where they are worth the same). A
   preference model: the first policy with a score, three passes over its pairs. PPO: 60 rollouts of 256
-  replies, four updates each, rate 1e-4, the weight of the divergence 0.001. Five seeds of everything but the
+  replies, four updates each, rate 3e-5, the weight of the divergence 0.15. Five seeds of everything but the
   first policy.
 - Measured: the mean score and the divergence of a reply (the sum of its tokens' log ratios, nats) of each
   rollout; gold, the people's rule, of a reply to each of 256 held-out prompts before and after, in deviations
@@ -78,7 +78,8 @@ class Setup:
     passes: int = 3
     rollouts: int = 60
     batch_size: int = 256
-    rate: float = 1e-4
+    rate: float = 3e-5
+    kl: float = 0.15
     prompts: int = 4000
 
 
@@ -139,7 +140,7 @@ class World:
             replies=setup.batch_size,
             lr=setup.rate,
             reward_model=judge,
-            kl=0.001,
+            kl=setup.kl,
         )
         rows = read_jsonl(out / "held_out.jsonl")
         steps = sorted({row["step"] for row in rows})
