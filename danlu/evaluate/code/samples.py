@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from danlu.core.errors import UserError
@@ -68,13 +68,20 @@ def beginning(problem: Problem) -> str:
     Tokenizers join a line's end with the indentation behind it. A prompt that stops between the two is a text
     as no model has seen one, and many take it for the end of the code.
     """
-    text = problem.ask or problem.prompt
+    return _without_space(problem.ask or problem.prompt, problem)
+
+
+def _without_space(text: str, problem: Problem) -> str:
     return text.rstrip() if _is_indented(problem) else text
 
 
 def _is_indented(problem: Problem) -> bool:
     """Whether a completion begins within the function; MBPP's begins it."""
     return problem.reference[:1].isspace()
+
+
+_STOPS = ("\nclass ", "\n#", "\nif __name__", "\nprint(", "\n```")
+"""Chen et al. 2021's, less what begins a function."""
 
 
 def stops(problem: Problem) -> tuple[str, ...]:
@@ -90,7 +97,7 @@ def completed(text: str, problem: Problem) -> dict[str, str]:
     A completion; a solution where its first white space is not the prompt's last.
     """
     kept = cut(text if _is_indented(problem) else text.lstrip("\n"), problem.language)
-    begin = beginning(replace(problem, ask=""))
+    begin = _without_space(problem.prompt, problem)
     space = problem.prompt[len(begin) :]
     if not kept or kept.startswith(space):
         return {"completion": kept[len(space) :]}
@@ -101,10 +108,6 @@ _PYTHON_END = re.compile(
     r"^(?=class\b|def\b|async def\b|#|if\b|print\b|@|```|<|import\b|from\b)", re.MULTILINE
 )
 """Chen et al. 2021, section 2.2: a completion ends where something begins at the margin that isn't its."""
-
-
-_STOPS = ("\nclass ", "\n#", "\nif __name__", "\nprint(", "\n```")
-"""Chen et al. 2021's, less what begins a function."""
 
 
 def cut(text: str, language: Language) -> str:
