@@ -70,3 +70,10 @@ def wilson_interval(share: float, n: int, z: float = 1.959964) -> Interval:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean_of_shares_interval(shares: Sequence[tuple[float, int]]) -> Interval:
+    """Of the mean of shares, each of its own n items: Wilson's intervals put together (Zou & Donner 2008)."""
+    own = np.array([(share, *wilson_interval(share, n)) for share, n in shares])
+    mean, (below, above) = own[:, 0].mean(), (own[:, 1:] - own[:, :1]).T
+    return float(mean - np.linalg.norm(below) / len(own)), float(mean + np.linalg.norm(above) / len(own))

@@ -38,7 +38,7 @@ from danlu.evaluate.harness import (
     load_yaml,
     metric_registry,
 )
-from danlu.evaluate.intervals import bootstrap_interval, wilson_interval
+from danlu.evaluate.intervals import bootstrap_interval, mean_of_shares_interval, wilson_interval
 from danlu.evaluate.prompting import Prompter, choose_examples
 from danlu.evaluate.sets import located
 from danlu.generate.engine import Engine
@@ -333,12 +333,15 @@ def scores_of(task: str, rows: Sequence[Mapping[str, Any]], found: Mapping[str, 
 
 
 def _interval(values: Sequence[Any]) -> tuple[float, float]:
-    """Of shares Wilson's; of other scores by bootstrap; of subjects that count the same, within each."""
+    """Of shares Wilson's, of the mean of subjects' shares from these; of other scores by bootstrap."""
     if isinstance(values[0], tuple | list):
         subjects: dict[Any, list[float]] = {}
         for subject, score in values:
             subjects.setdefault(subject, []).append(float(score))
         means = [float(np.mean(scores)) for scores in subjects.values()]
+        if {score for scores in subjects.values() for score in scores} <= {0.0, 1.0}:
+            counts = map(len, subjects.values())
+            return mean_of_shares_interval(list(zip(means, counts, strict=True)))
         variance = sum(float(np.var(scores)) / len(scores) for scores in subjects.values())
         half = 1.959964 * variance**0.5 / len(subjects)
         return float(np.mean(means)) - half, float(np.mean(means)) + half

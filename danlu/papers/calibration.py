@@ -5,15 +5,15 @@ Claim (OpenAI 2023, "GPT-4 Technical Report", section 5 and figure 8; Kadavath e
 probability to be right; after reinforcement learning it is not.
 
 The rule, written before the first run:
-- Task: a turn of a conversation of chitchat-dataset and four replies, lettered, one of which is what a person
-  replied, the others are replies to other turns; the answer is its letter. Turns of at most 20 words, replies
-  of 2 to 15 words. 1,000 questions of other conversations are held out.
-- Model: 2.6 million parameters, 300 steps of text and 80 of replies (8 × 512), then 600 steps of 16 × 512
-  tokens of questions, all different: the model before. A seed with less than 35 % right of the held-out
+- Task: a turn of a conversation of chitchat-dataset and a reply, by a coin what a person replied to it or a
+  reply of another conversation; the answer is "yes" or "no". Turns and replies of 5 to 20 words. 2,000
+  questions of other conversations are held out.
+- Model: 2.6 million parameters, 300 steps of text and 80 of replies (8 × 512), then 600 steps of 8 × 512
+  tokens of questions, all different: the model before. A seed with less than 55 % right of the held-out
   questions makes the claim "not testable".
-- Reinforcement learning: GRPO, reward 1 for the right letter, else 0; 200 rollouts of 32 other questions with
+- Reinforcement learning: GRPO, reward 1 for the right answer, else 0; 200 rollouts of 32 other questions with
   8 replies each, rate 1e-4, no weight of the divergence. The model after.
-- Confidence: the greatest probability among the four letters, as a share of theirs. Expected calibration
+- Confidence: the greater probability of the two answers, as a share of theirs. Expected calibration
   error of ten bins with equally many questions, and the Brier score. Five seeds of questions, training and
   draws, the text model shared.
 - "Reinforcement learning raises the calibration error" holds when the mean of after less before is above 0,
@@ -56,7 +56,7 @@ from danlu.tokens.config import TokenizeConfig
 from danlu.tokens.tokenize import tokenize
 from danlu.train.config import OptimConfig, ScheduleConfig
 
-LETTERS = "ABCD"
+ANSWERS = ("yes", "no")
 
 
 @dataclass(frozen=True)
@@ -69,26 +69,26 @@ class Setup:
     rollouts: int = 200
     prompts: int = 32
     rate: float = 1e-4
-    held_out: int = 1000
-    enough: float = 0.35
+    held_out: int = 2000
+    enough: float = 0.55
     described: int = 300
 
 
 @dataclass(frozen=True)
 class Question:
     prompt: Messages
-    letter: str
+    answer: str
 
     @property
     def document(self) -> Document:
-        messages: Messages = [*self.prompt, {"role": "assistant", "content": self.letter}]
+        messages: Messages = [*self.prompt, {"role": "assistant", "content": self.answer}]
         text = plain_text(messages)
         return Document(text[:40], text, messages)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says of questions: a probability of each letter, and which one is right."""
+    """What a model says of questions: a probability of each choice, and which one is right."""
 
     probabilities: list[list[float]]
     right: list[int]
@@ -128,22 +128,19 @@ class Answers:
 def questions(chance: random.Random, conversations: Sequence[Messages]) -> Iterator[Question]:
     """Endless."""
     pairs = [
-        (asked["content"], reply["content"])
-        for messages in conversations
+        (number, asked["content"], reply["content"])
+        for number, messages in enumerate(conversations)
         for asked, reply in zip(messages[2::2], messages[3::2], strict=False)
-        if len(asked["content"].split()) <= 20 and 2 <= len(reply["content"].split()) <= 15
+        if all(5 <= len(turn["content"].split()) <= 20 for turn in (asked, reply))
     ]
     while True:
-        asked, reply = chance.choice(pairs)
-        others: list[str] = []
-        while len(others) < len(LETTERS) - 1:
-            other = chance.choice(pairs)[1]
-            if other != reply and other not in others:
-                others.append(other)
-        place = chance.randrange(len(LETTERS))
-        replies = [*others[:place], reply, *others[place:]]
-        lines = [f"{letter}: {text}" for letter, text in zip(LETTERS, replies, strict=True)]
-        yield Question([{"role": "user", "content": "\n".join([asked, *lines])}], LETTERS[place])
+        number, asked, reply = chance.choice(pairs)
+        answer = chance.choice(ANSWERS)
+        if answer == "no":
+            elsewhere, _, reply = chance.choice(pairs)
+            if elsewhere == number:
+                continue
+        yield Question([{"role": "user", "content": f"{asked}\nReply: {reply}"}], answer)
 
 
 def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Result:
@@ -193,7 +190,7 @@ def one_seed(folder: Path, tokenizer: Path, base: Path, setup: Setup, seed: int)
     asked = list(islice(drawn, setup.rollouts * setup.prompts))
     with atomic_write(rows) as file:
         for one in asked:
-            file.write(json.dumps({"prompt": one.prompt, "answer": one.letter}) + "\n")
+            file.write(json.dumps({"prompt": one.prompt, "answer": one.answer}) + "\n")
     grpo(
         GRPOConfig(
             data=rows,
@@ -226,24 +223,24 @@ def taught(
     drawn: Iterator[Question], start: Path, tokenizer: Path, out: Path, steps: int, rate: float, seed: int
 ) -> Path:
     """A model that has learnt so many steps of questions."""
-    each = 16 * 512 // 64  # a question takes more tokens than that, so that none comes twice
+    each = 8 * 512 // 24  # a question takes more tokens than that, so that none comes twice
     for part, n in (("held_out", 64), ("train", steps * each)):
         write_documents((one.document for one in islice(drawn, n)), out / "data" / f"{part}.jsonl.zst")
     tokenize(TokenizeConfig(data=out / "data", tokenizer=tokenizer, kind="chat", out=out / "tokens"))
-    return imitate(out / "tokens", start, out / "run", steps, seed, batch_size=16, rate=rate)
+    return imitate(out / "tokens", start, out / "run", steps, seed, rate=rate)
 
 
 def answers(model: Path, asked: Sequence[Question]) -> Answers:
-    """The letters' probabilities, of what the four have together."""
+    """The answers' probabilities, of what the two have together."""
     engine = Engine(*danlu.load(model, dtype=torch.float32))
-    letters = [engine.tokenizer.encode(letter) for letter in LETTERS]
-    pairs = [(engine.prompt_ids(one.prompt), letter) for one in asked for letter in letters]
-    return chosen(engine, pairs, [LETTERS.index(one.letter) for one in asked])
+    choices = [engine.tokenizer.encode(answer) for answer in ANSWERS]
+    pairs = [(engine.prompt_ids(one.prompt), choice) for one in asked for choice in choices]
+    return chosen(engine, pairs, [ANSWERS.index(one.answer) for one in asked])
 
 
 def chosen(engine: Engine, pairs: Sequence[tuple[list[int], list[int]]], right: list[int]) -> Answers:
-    """Of the choices of each question, four in a row."""
-    logs, n = [one.logprob for one in engine.likelihoods(pairs)], len(LETTERS)
+    """Of the choices of each question, which has as many as any."""
+    logs, n = [one.logprob for one in engine.likelihoods(pairs)], len(pairs) // len(right)
     return Answers([choice_probabilities(logs[i : i + n]) for i in range(0, len(logs), n)], right)
 
 
@@ -253,7 +250,7 @@ def describe(setup: Setup) -> Answers:
     tasks = [task for task in gopher.catalogue() if task.group == "MMLU"]
     each = -(-setup.described // len(tasks))
     asked = [one for task in tasks for one in gopher.questions(task, each, 0)][: setup.described]
-    asked = [one for one in asked if len(one.choices) == len(LETTERS)]
+    asked = [one for one in asked if len(one.choices) == 4]
     pairs = []
     for one in asked:
         context = engine.prompt_ids(one.context)
