@@ -123,12 +123,18 @@ def rewards_at(model: Transformer, hidden: Tensor, replies: Replies) -> Tensor:
 class RewardModel:
     """A trained model of rewards. It has its own tokenizer: between it and a policy there is only text."""
 
-    def __init__(self, ref: str | Path, dtype: torch.dtype | None = None, batch_tokens: int = 8192) -> None:
-        """`ref`: a model reference; `batch_tokens`: computed at a time.
+    def __init__(
+        self,
+        ref: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        batch_tokens: int = 8192,
+    ) -> None:
+        """`ref`: a model reference; `dtype`: None keeps the saved one; `batch_tokens`: computed at a time.
 
         Raises UserError for a language model.
         """
-        self.model, self.tokenizer = load(ref, dtype=dtype)
+        self.model, self.tokenizer = load(ref, dtype, device)
         self.batch_tokens = batch_tokens
         if not self.model.config.scores:
             raise UserError(f"{ref} is no model of rewards", "train one: danlu reward")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from requests import RequestException
 
 from danlu.align.config import RewardSource
@@ -81,19 +82,24 @@ def matches(pattern: str) -> Reward:
     return lambda replies: [float(compiled.search(reply.text) is not None) for reply in replies]
 
 
-def by_model(ref: str) -> Reward:
-    """What a model of rewards says."""
-    model = RewardModel(ref)
+def by_model(ref: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Reward:
+    """What a model of rewards says; `dtype` and `device` as RewardModel's."""
+    model = RewardModel(ref, dtype, device)
     return lambda replies: model([reply.prompt for reply in replies], [reply.text for reply in replies])
 
 
-def by_models(refs: Sequence[str], doubt: float) -> Reward:
+def by_models(
+    refs: Sequence[str],
+    doubt: float,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Reward:
     """The mean of several models of rewards, less `doubt` of their standard deviations.
 
     Where they have seen nothing alike they disagree; what exploits one of them is then worth less (Coste et
     al. 2023, "Reward model ensembles help mitigate overoptimization", section 3.3).
     """
-    members = [by_model(ref) for ref in refs]
+    members = [by_model(ref, dtype, device) for ref in refs]
 
     def judge(replies: Sequence[Reply]) -> list[float]:
         found = np.array([member(replies) for member in members])
@@ -155,8 +161,16 @@ def by_server(url: str, seconds: float) -> Reward:
 class SummedReward:
     """A weighted sum of rewards, each checked."""
 
-    def __init__(self, sources: Sequence[RewardSource]) -> None:
-        """Raises UserError where there is none, or one can't be."""
+    def __init__(
+        self,
+        sources: Sequence[RewardSource],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`dtype` and `device`: of the models among them.
+
+        Raises UserError where there is none, or one can't be.
+        """
         if not sources:
             raise UserError(
                 "no reward is given",
@@ -164,7 +178,7 @@ class SummedReward:
             )
         self.weights = [source.weight for source in sources]
         self.names = [source.name for source in sources]
-        self._rewards = [_named(source) for source in sources]
+        self._rewards = [_named(source, dtype, device) for source in sources]
 
     def parts(self, replies: Sequence[Reply]) -> list[tuple[float, ...]]:
         """Of each reply what each part says."""
@@ -200,7 +214,7 @@ def checked(reward: Reward, replies: Sequence[Reply], name: str) -> list[float]:
     return found
 
 
-def _named(source: RewardSource) -> Reward:
+def _named(source: RewardSource, dtype: torch.dtype | None, device: torch.device | str) -> Reward:
     if source.rule == "tests":
         return passes_tests(source.seconds)
     if source.rule is not None:
@@ -208,7 +222,7 @@ def _named(source: RewardSource) -> Reward:
     if source.regex is not None:
         return matches(source.regex)
     if source.models is not None:
-        return by_models([str(ref) for ref in source.models], source.doubt)
+        return by_models([str(ref) for ref in source.models], source.doubt, dtype, device)
     if source.url is not None:
         return by_server(source.url, source.seconds)
-    return by_model(str(source.model))
+    return by_model(str(source.model), dtype, device)

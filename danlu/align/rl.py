@@ -27,6 +27,7 @@ from danlu.align.rollouts import (
     RolloutLoader,
     pack,
 )
+from danlu.core.device import choose_device, choose_dtype
 from danlu.core.errors import UserError
 from danlu.core.files import read_jsonl
 from danlu.data.conversations import plain_text
@@ -94,7 +95,8 @@ class Policy:
         self.config = config
         self.tokenizer = load(str(config.init_from))[1]
         self.prompts = Prompts(config.data, self.tokenizer, config)
-        self.reward = SummedReward(config.summed)
+        device = choose_device(config.device)
+        self.reward = SummedReward(config.summed, choose_dtype(config.dtype, device), device)
         self._held_out: Sequence[Drawn] = ()
         self.reference: Transformer | None = None
         self._seen: list[tuple[dict[str, float], float, float, float]] = []

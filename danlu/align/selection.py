@@ -44,12 +44,12 @@ def best_of_n(config: BestOfNConfig) -> dict[str, Any]:
         raise UserError("best-of-n: init_from is required and missing", "name a chat model")
     device = choose_device()
     model, tokenizer = load(config.init_from, dtype=torch.float32, device=device)
-    model.compute_dtype = choose_dtype(device=device)
+    model.compute_dtype = dtype = choose_dtype(device=device)
     prompts = Prompts(config.data, tokenizer, config)
     parts = config.summed
     if config.keep == "questions" and not parts:
         parts = (RewardSource(rule="ended"),)  # nothing needs to be worth anything
-    drawer = Drawer(model, tokenizer, config, SummedReward(parts))
+    drawer = Drawer(model, tokenizer, config, SummedReward(parts, dtype, device))
     config.out.mkdir(parents=True, exist_ok=True)
     _require_same(config, prompts.sha256)
     rows = list(_answered(config, prompts, drawer))
@@ -147,7 +147,7 @@ def _kept(config: BestOfNConfig, rows: Sequence[Row]) -> Iterator[Document]:
 
 def _ask(config: BestOfNConfig, rows: Sequence[Row]) -> dict[str, Any]:
     """Writes `questions.jsonl`."""
-    judges = [by_model(str(ref)) for ref in config.judges]
+    judges = [by_model(str(ref), choose_dtype(), choose_device()) for ref in config.judges]
     chance = random.Random(config.seed)
     found: list[tuple[float, Row]] = []
     for row in rows:

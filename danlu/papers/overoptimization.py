@@ -43,6 +43,7 @@ import numpy as np
 from danlu.align.best_of_n import expected_best, kl_bound
 from danlu.align.config import RewardSource
 from danlu.align.reward import RewardModel
+from danlu.core.device import choose_dtype
 from danlu.core.files import atomic_write
 from danlu.core.progress import track
 from danlu.data.documents import read_rows
@@ -218,7 +219,7 @@ def scores(
     replies = [texts[n : n + setup.replies] for n in range(0, len(texts), setup.replies)]
     found = {name: np.zeros((len(asked), setup.replies)) for name in models}
     for name, path in models.items():
-        judge = RewardModel(path)
+        judge = RewardModel(path, dtype=choose_dtype())
         for number, texts in track(enumerate(replies), f"rewards, {name}", total=len(asked)):
             distinct = list(dict.fromkeys(texts))
             said = judge([[{"role": "user", "content": asked[number]}]] * len(distinct), distinct)

@@ -133,6 +133,17 @@ def test_transformers_gives_the_same_rewards(trained: Any) -> None:
     assert ours([ASKED] * 3, replies) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_rewards_in_bfloat16_are_close(trained: Any) -> None:
+    replies = [
+        f"The {animal} is at the mill.{end}" for animal in ("owl", "fox") for end in ("", " Thank you.")
+    ]
+    found, wanted = (
+        RewardModel(trained.model, dtype)([ASKED] * 4, replies) for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert found == pytest.approx(wanted, abs=0.05 * (max(wanted) - min(wanted)))
+    assert found != wanted
+
+
 def test_rewards_of_texts_are_those_of_packed_tokens(trained: Any, preferences: Path) -> None:
     model = RewardModel(trained.model, dtype=torch.float32, batch_tokens=100)
     batch = one_batch(preferences)

@@ -78,7 +78,7 @@ def test_several_models_and_their_doubt(monkeypatch: pytest.MonkeyPatch, tmp_pat
     says = {"one": [1.0, 4.0], "two": [3.0, 4.0], "three": [5.0, 4.0]}
     for name in says:
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(reward_table, "by_model", lambda ref: lambda replies: says[Path(ref).name])
+    monkeypatch.setattr(reward_table, "by_model", lambda ref, *_: lambda replies: says[Path(ref).name])
     replies = [Reply(ASKED, "a"), Reply(ASKED, "b")]
     refs = [tmp_path / name for name in says]
     assert SummedReward([RewardSource(models=refs)])(replies) == [3, 4]

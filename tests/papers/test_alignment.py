@@ -3,6 +3,7 @@
 import math
 import random
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from danlu.data.conversations import Messages
 from danlu.papers import calibration, hh, overoptimization, preference_pretraining, reward_models
 from danlu.papers.calibration import Answers
 from danlu.papers.config import ReproduceConfig
@@ -186,25 +188,27 @@ def test_calibration_s_claims_can_come_out_either_way() -> None:
     assert not calibration.more_control([{**one, "more": one["after"]} for one in surer]).null
 
 
-def test_questions_have_one_right_letter() -> None:
-    talks = [
-        [
-            {"role": role, "content": f"{role} {n} says {m}"}
-            for m in range(4)
-            for role in ("user", "assistant")
-        ]
-        for n in range(9)
+def test_questions_have_a_true_answer() -> None:
+    turns = [
+        [f"{role}{n}-{m}-{k}" for k in range(4 + m)] for role in "ab" for n in range(9) for m in range(18)
     ]
-    drawn = calibration.questions(random.Random(0), talks)
-    letters = set()
-    for _, one in zip(range(100), drawn, strict=False):
-        asked, *lines = one.prompt[0]["content"].splitlines()
-        assert [line[:3] for line in lines] == ["A: ", "B: ", "C: ", "D: "]
-        right = lines["ABCD".index(one.letter)][3:]
-        assert right == asked.replace("user", "assistant")
-        assert len(set(lines)) == 4
-        letters.add(one.letter)
-    assert letters == set("ABCD")
+    talk: Messages = [{"role": "user", "content": " ".join(words)} for words in turns]
+    first, heard = set(turns[0] + turns[1]), {tuple(words) for words in turns}
+    drawn = calibration.questions(random.Random(0), [talk])
+    answers, ways = [], Counter[str]()
+    for _, one in zip(range(2000), drawn, strict=False):
+        shown = one.prompt[0]["content"].split()
+        assert 5 <= len(shown) <= 20
+        assert not first & set(shown), "the first turns, and short ones, are left out"
+        assert (one.answer == "yes") == (tuple(shown) in heard)
+        answers.append(one.answer)
+        if one.answer == "no":
+            moved = [k for k, word in enumerate(shown) if int(word.split("-")[2]) != k]
+            strange = len({word.rsplit("-", 1)[0] for word in shown}) > 1
+            ways["one" if strange else "two" if len(moved) == 2 else "more"] += 1
+    assert 900 < answers.count("yes") < 1100
+    assert min(ways.values()) > 150
+    assert len(ways) == 3
 
 
 # All of it, in small
