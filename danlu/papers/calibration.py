@@ -7,11 +7,12 @@ probability to be right; after reinforcement learning it is not.
 The rule, written before the first run:
 - Task: a turn of 5 to 20 words of a conversation of chitchat-dataset, by a coin as a person wrote it ("yes")
   or damaged ("no"): by chance two neighbouring words change places, or three in a row their order, or all of
-  them, or one is replaced by a word of another turn. 2,000 questions of other conversations are held out.
+  them, or one is replaced by a word of another turn, or up to three in a row are said several times. 2,000
+  questions of other conversations are held out.
 - Model: 2.6 million parameters, 300 steps of text and 80 of replies (8 × 512), then 400 steps of 8 × 512
   tokens of questions: the model before. A seed with less than 60 % right of the held-out questions makes the
   claim "not testable".
-- Reinforcement learning: GRPO, reward 1 for the right answer, else 0; 200 rollouts of 32 other questions with
+- Reinforcement learning: GRPO, reward 1 for the right answer, else 0; 120 rollouts of 32 other questions with
   8 replies each, rate 1e-4, no weight of the divergence. The model after.
 - Confidence: the greater probability of the two answers, as a share of theirs. Expected calibration
   error of ten bins with equally many questions, and the Brier score. Five seeds of questions, training and
@@ -52,7 +53,7 @@ from danlu.evaluate.intervals import t_interval
 from danlu.generate.engine import Engine
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.protocol import Claim, Control, Result, at_least, judged, save_plot
-from danlu.papers.small_talk import SPEAKER, chat_model, imitate, tokens_of_chitchat
+from danlu.papers.small_talk import SPEAKER, chat_model, damaged, imitate, tokens_of_chitchat
 from danlu.tokens.config import TokenizeConfig
 from danlu.tokens.tokenize import tokenize
 from danlu.train.config import OptimConfig, ScheduleConfig
@@ -67,7 +68,7 @@ class Setup:
     steps: tuple[int, int] = (300, 80)
     seeds: int = 5
     taught: int = 400
-    rollouts: int = 200
+    rollouts: int = 120
     prompts: int = 32
     rate: float = 1e-4
     held_out: int = 2000
@@ -137,19 +138,6 @@ def questions(chance: random.Random, conversations: Sequence[Messages]) -> Itera
             turn = chance.choice(turns)
             shown = damaged(turn, chance.choice(turns), chance)
         yield Question([{"role": "user", "content": " ".join(shown)}], answer)
-
-
-def damaged(turn: Sequence[str], other: Sequence[str], chance: random.Random) -> list[str]:
-    """In one of four ways, where chance doesn't leave it as it is."""
-    words, way = list(turn), chance.choice(("two", "three", "all", "one"))
-    if way == "one":
-        words[chance.randrange(len(words))] = chance.choice(other)
-        return words
-    n = {"two": 2, "three": 3, "all": len(words)}[way]
-    begin = chance.randrange(len(words) - n + 1)
-    some = words[begin : begin + n]
-    chance.shuffle(some)
-    return [*words[:begin], *some, *words[begin + n :]]
 
 
 def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Result:

@@ -7,8 +7,9 @@ d = √KL; the gap between proxy and gold grows, and more so for smaller proxies
 The rule, written before the first run:
 - First policy: 2.6 million parameters, chitchat-dataset, 300 steps of text and 80 of replies (8 × 512);
   replies of at most 24 tokens. Gold: 10.5 million parameters, 200 steps of text, then a model of rewards of
-  2,000 pairs by the rule of danlu/papers/small_talk.py and 2,000 of what a person replied and the reply to
-  something else; frozen; mean 0 and deviation 1 over the first policy's replies.
+  2,000 pairs by the rule of danlu/papers/small_talk.py and 4,000 of what a person replied and, by turns, the
+  reply to something else and the same reply damaged, so that it knows more than the first policy's replies
+  show; frozen; mean 0 and deviation 1 over these.
 - Proxies: 0.1, 0.6 and 2.6 million parameters (300 steps of the same text), each a model of rewards of 200,
   1,000 and 5,000 pairs of the first policy's replies, of which gold is asked for the better one; one pass,
   and at least 25 steps of 8 × 256; scores standardised as gold's.
@@ -31,8 +32,9 @@ The rule, written before the first run:
 Not tested: larger models, people as gold.
 """
 
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -46,7 +48,7 @@ from danlu.align.reward import RewardModel
 from danlu.core.device import choose_dtype
 from danlu.core.files import atomic_write
 from danlu.core.progress import track
-from danlu.data.documents import read_rows
+from danlu.data.documents import Document, read_rows
 from danlu.evaluate.intervals import Interval, bootstrap_interval
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.protocol import Claim, Control, Result, judged, save_plot
@@ -54,6 +56,7 @@ from danlu.papers.small_talk import (
     SPEAKER,
     answered,
     chat_model,
+    damaged,
     label,
     pairs_of,
     practise,
@@ -85,6 +88,7 @@ class Setup:
     steps: tuple[int, int] = (300, 80)
     gold_steps: int = 200
     gold_labels: int = 2000
+    gold_real: int = 4000
     labels: tuple[int, ...] = (200, 1000, 5000)
     prompts: int = 6000
     asked: int = 100
@@ -169,14 +173,27 @@ def gold_model(folder: Path, tokens: Path, base: Path, prompts: Path, setup: Set
     """Learns people's rule, and what people really replied."""
     text = text_model(tokens, folder / "gold-text", GOLD, setup.gold_steps, seed)
     ruled = label(base, prompts, setup.gold_labels, folder / "gold-labels", seed)
-    real = list(islice(real_pairs(seed), setup.gold_labels + setup.gold_labels // 10))
+    real = list(islice(sensible_pairs(seed), setup.gold_real + setup.gold_real // 10))
     parts = {
-        "train": [*pairs_of([ruled], "train"), *real[: setup.gold_labels]],
-        "held_out": [*pairs_of([ruled], "held_out"), *real[setup.gold_labels :]],
+        "train": [*pairs_of([ruled], "train"), *real[: setup.gold_real]],
+        "held_out": [*pairs_of([ruled], "held_out"), *real[setup.gold_real :]],
     }
     steps = max(1, len(parts["train"]) // 32)
     learnt = preference_tokens(parts, tokens / "tokenizer", folder / "gold-data")
     return preference_model(learnt, text, folder / "gold", seed, steps)[0]
+
+
+def sensible_pairs(seed: int) -> Iterator[Document]:
+    """What somebody replied, and, by turns, somebody's reply to something else or the same one damaged."""
+    chance = random.Random(seed)
+    for number, pair in enumerate(real_pairs(seed)):
+        good, other = pair.replies or []
+        if number % 2 and len(good.split()) >= 3:
+            bad = " ".join(damaged(good.split(), other.split(), chance))
+            if bad == " ".join(good.split()):
+                continue
+            pair.replies = [good, bad]
+        yield pair
 
 
 def proxy_models(

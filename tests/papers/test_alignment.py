@@ -18,7 +18,7 @@ from danlu.papers.calibration import Answers
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.hh import Learnt
 from danlu.papers.overoptimization import BEST, LEARNT, Curve
-from danlu.papers.small_talk import auroc, by_coin, gold_of, real_pairs, tokens_of_chitchat
+from danlu.papers.small_talk import auroc, by_coin, damaged, gold_of, real_pairs, tokens_of_chitchat
 
 
 def test_the_rule() -> None:
@@ -41,6 +41,25 @@ def test_real_pairs_answer_their_prompt() -> None:
     turned = by_coin(found, 0)
     swapped = sum(a.replies != b.replies for a, b in zip(found, turned, strict=True))
     assert 200 < swapped < 300
+
+
+def test_damage_has_five_ways() -> None:
+    chance, ways = random.Random(0), Counter[str]()
+    for _ in range(2000):
+        found = damaged(list("abcdefgh"), ["x"], chance)
+        moved = [k for k, letter in enumerate(found) if k > 7 or letter != "abcdefgh"[k]]
+        if "x" in found:
+            assert len(moved) == 1
+            ways["one"] += 1
+        elif len(found) > 8:
+            assert list(dict.fromkeys(found)) == list("abcdefgh")
+            ways["again"] += 1
+        elif moved:
+            assert sorted(found) == list("abcdefgh")
+            reach = moved[-1] - moved[0]
+            ways["two" if reach == 1 else "three" if reach == 2 else "all"] += 1
+    assert set(ways) == {"two", "three", "all", "one", "again"}
+    assert min(ways.values()) > 100
 
 
 # HH
@@ -193,22 +212,15 @@ def test_questions_have_a_true_answer() -> None:
         [f"{role}{n}-{m}-{k}" for k in range(4 + m)] for role in "ab" for n in range(9) for m in range(18)
     ]
     talk: Messages = [{"role": "user", "content": " ".join(words)} for words in turns]
-    first, heard = set(turns[0] + turns[1]), {tuple(words) for words in turns}
+    first, heard = set(turns[0] + turns[1]), {tuple(words) for words in turns[2:] if 5 <= len(words) <= 20}
     drawn = calibration.questions(random.Random(0), [talk])
-    answers, ways = [], Counter[str]()
+    answers = []
     for _, one in zip(range(2000), drawn, strict=False):
         shown = one.prompt[0]["content"].split()
-        assert 5 <= len(shown) <= 20
-        assert not first & set(shown), "the first turns, and short ones, are left out"
+        assert not first & set(shown), "the first turns are left out"
         assert (one.answer == "yes") == (tuple(shown) in heard)
         answers.append(one.answer)
-        if one.answer == "no":
-            moved = [k for k, word in enumerate(shown) if int(word.split("-")[2]) != k]
-            strange = len({word.rsplit("-", 1)[0] for word in shown}) > 1
-            ways["one" if strange else "two" if len(moved) == 2 else "more"] += 1
     assert 900 < answers.count("yes") < 1100
-    assert min(ways.values()) > 150
-    assert len(ways) == 3
 
 
 # All of it, in small
@@ -230,6 +242,7 @@ SMALL: dict[str, tuple[Any, Any]] = {
             steps=(12, 6),
             gold_steps=4,
             gold_labels=60,
+            gold_real=60,
             labels=(20, 40),
             prompts=400,
             asked=6,
