@@ -7,7 +7,7 @@ d = √KL; the gap between proxy and gold grows, and more so for smaller proxies
 The rule, written before the first run:
 - First policy: 2.6 million parameters, chitchat-dataset, 300 steps of text and 80 of replies (8 × 512);
   replies of at most 24 tokens. Gold: 10.5 million parameters, 200 steps of text, then a model of rewards of
-  2,000 pairs by the rule of danlu/papers/small_talk.py and 4,000 of what a person replied and, by turns, the
+  2,000 pairs by the rule of danlu/papers/small_talk.py and 8,000 of what a person replied and, by turns, the
   reply to something else and the same reply damaged, so that it knows more than the first policy's replies
   show; frozen; mean 0 and deviation 1 over these.
 - Proxies: 0.1, 0.6 and 2.6 million parameters (300 steps of the same text), each a model of rewards of 200,
@@ -68,6 +68,7 @@ from danlu.papers.small_talk import (
     tokens_of_chitchat,
     write_prompts,
 )
+from danlu.train.config import OptimConfig
 
 GOLD = sizes(384, 5, 1024)
 PROXIES = {"0.1M": sizes(24, 2, 64), "0.6M": sizes(96, 2, 256), "2.6M": SPEAKER}
@@ -88,7 +89,7 @@ class Setup:
     steps: tuple[int, int] = (300, 80)
     gold_steps: int = 200
     gold_labels: int = 2000
-    gold_real: int = 4000
+    gold_real: int = 8000
     labels: tuple[int, ...] = (200, 1000, 5000)
     prompts: int = 6000
     asked: int = 100
@@ -180,7 +181,8 @@ def gold_model(folder: Path, tokens: Path, base: Path, prompts: Path, setup: Set
     }
     steps = max(1, len(parts["train"]) // 32)
     learnt = preference_tokens(parts, tokens / "tokenizer", folder / "gold-data")
-    return preference_model(learnt, text, folder / "gold", seed, steps)[0]
+    optim = OptimConfig(lr=1e-3, weight_decay=0.0)
+    return preference_model(learnt, text, folder / "gold", seed, steps, optim=optim)[0]
 
 
 def sensible_pairs(seed: int) -> Iterator[Document]:
