@@ -53,7 +53,7 @@ from danlu.evaluate.intervals import t_interval
 from danlu.generate.engine import Engine
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.protocol import Claim, Control, Result, at_least, judged, save_plot
-from danlu.papers.small_talk import SPEAKER, chat_model, damaged, imitate, tokens_of_chitchat
+from danlu.papers.small_talk import SPEAKER, chat_model, imitate, tokens_of_chitchat
 from danlu.tokens.config import TokenizeConfig
 from danlu.tokens.tokenize import tokenize
 from danlu.train.config import OptimConfig, ScheduleConfig
@@ -138,6 +138,22 @@ def questions(chance: random.Random, conversations: Sequence[Messages]) -> Itera
             turn = chance.choice(turns)
             shown = damaged(turn, chance.choice(turns), chance)
         yield Question([{"role": "user", "content": " ".join(shown)}], answer)
+
+
+def damaged(turn: Sequence[str], other: Sequence[str], chance: random.Random) -> list[str]:
+    """Words in one of five ways made worse, where chance doesn't leave them as they are."""
+    words, way = list(turn), chance.choice(("two", "three", "all", "one", "again"))
+    if way == "one":
+        words[chance.randrange(len(words))] = chance.choice(other)
+        return words
+    n = {"two": 2, "three": 3, "all": len(words), "again": chance.randint(1, 3)}[way]
+    begin = chance.randrange(len(words) - n + 1)
+    some = words[begin : begin + n]
+    if way == "again":
+        some *= chance.randint(2, 4)
+    else:
+        chance.shuffle(some)
+    return [*words[:begin], *some, *words[begin + n :]]
 
 
 def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Result:

@@ -7,9 +7,9 @@ d = √KL; the gap between proxy and gold grows, and more so for smaller proxies
 The rule, written before the first run:
 - First policy: 2.6 million parameters, chitchat-dataset, 300 steps of text and 80 of replies (8 × 512);
   replies of at most 24 tokens. Gold: 10.5 million parameters, 200 steps of text, then a model of rewards of
-  2,000 pairs by the rule of danlu/papers/small_talk.py and 8,000 of what a person replied and, by turns, the
-  reply to something else and the same reply damaged, so that it knows more than the first policy's replies
-  show; frozen; mean 0 and deviation 1 over these.
+  2,000 pairs by the rule of danlu/papers/small_talk.py and 6,000 of what a person replied and, by turns, the
+  reply to something else, the same words shuffled, and a few of them again and again, so that it knows more
+  than the first policy's replies show; frozen; mean 0 and deviation 1 over these.
 - Proxies: 0.1, 0.6 and 2.6 million parameters (300 steps of the same text), each a model of rewards of 200,
   1,000 and 5,000 pairs of the first policy's replies, of which gold is asked for the better one; one pass,
   and at least 25 steps of 8 × 256; scores standardised as gold's.
@@ -56,7 +56,6 @@ from danlu.papers.small_talk import (
     SPEAKER,
     answered,
     chat_model,
-    damaged,
     label,
     pairs_of,
     practise,
@@ -68,7 +67,6 @@ from danlu.papers.small_talk import (
     tokens_of_chitchat,
     write_prompts,
 )
-from danlu.train.config import OptimConfig
 
 GOLD = sizes(384, 5, 1024)
 PROXIES = {"0.1M": sizes(24, 2, 64), "0.6M": sizes(96, 2, 256), "2.6M": SPEAKER}
@@ -89,7 +87,7 @@ class Setup:
     steps: tuple[int, int] = (300, 80)
     gold_steps: int = 200
     gold_labels: int = 2000
-    gold_real: int = 8000
+    gold_real: int = 6000
     labels: tuple[int, ...] = (200, 1000, 5000)
     prompts: int = 6000
     asked: int = 100
@@ -181,21 +179,27 @@ def gold_model(folder: Path, tokens: Path, base: Path, prompts: Path, setup: Set
     }
     steps = max(1, len(parts["train"]) // 32)
     learnt = preference_tokens(parts, tokens / "tokenizer", folder / "gold-data")
-    optim = OptimConfig(lr=1e-3, weight_decay=0.0)
-    return preference_model(learnt, text, folder / "gold", seed, steps, optim=optim)[0]
+    return preference_model(learnt, text, folder / "gold", seed, steps)[0]
 
 
 def sensible_pairs(seed: int) -> Iterator[Document]:
-    """What somebody replied, and, by turns, somebody's reply to something else or the same one damaged."""
+    """What somebody replied, and what is worse.
+
+    That is, by turns, somebody's reply to something else, the same words shuffled, or a few of them again and
+    again.
+    """
     chance = random.Random(seed)
     for number, pair in enumerate(real_pairs(seed)):
-        good, other = pair.replies or []
-        if number % 2 and len(good.split()) >= 3:
-            bad = " ".join(damaged(good.split(), other.split(), chance))
-            if bad == " ".join(good.split()):
-                continue
-            pair.replies = [good, bad]
-        yield pair
+        good, bad = pair.replies or []
+        words = good.split()
+        if number % 3 == 1:
+            chance.shuffle(words)
+            bad = " ".join(words)
+        elif number % 3 == 2:
+            begin, n = chance.randrange(max(1, len(words) - 2)), chance.randint(1, 3)
+            bad = " ".join((words[begin : begin + n] * 16)[: chance.randint(4, 16)])
+        if bad.split() != good.split():
+            yield Document(pair.id, "", pair.messages, replies=[good, bad])
 
 
 def proxy_models(

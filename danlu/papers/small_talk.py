@@ -1,7 +1,6 @@
 """A small chat model of people's conversations, and RLHF on it: what experiments of alignment share."""
 
 import json
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -187,22 +186,6 @@ def real_pairs(seed: int) -> Iterator[Document]:
         if answer.strip() and other.strip() and answer != other and len(asked) + len(answer) < 400:
             prompt: Messages = [{"role": "user", "content": asked}]
             yield Document(f"real {number}", "", prompt, replies=[answer, other[:200]])
-
-
-def damaged(turn: Sequence[str], other: Sequence[str], chance: random.Random) -> list[str]:
-    """Words in one of five ways made worse, where chance doesn't leave them as they are."""
-    words, way = list(turn), chance.choice(("two", "three", "all", "one", "again"))
-    if way == "one":
-        words[chance.randrange(len(words))] = chance.choice(other)
-        return words
-    n = {"two": 2, "three": 3, "all": len(words), "again": chance.randint(1, 3)}[way]
-    begin = chance.randrange(len(words) - n + 1)
-    some = words[begin : begin + n]
-    if way == "again":
-        some *= chance.randint(2, 4)
-    else:
-        chance.shuffle(some)
-    return [*words[:begin], *some, *words[begin + n :]]
 
 
 def answered(model: Path, asked: Sequence[str], file: Path, seed: int) -> list[str]:

@@ -18,7 +18,7 @@ from danlu.papers.calibration import Answers
 from danlu.papers.config import ReproduceConfig
 from danlu.papers.hh import Learnt
 from danlu.papers.overoptimization import BEST, LEARNT, Curve
-from danlu.papers.small_talk import auroc, by_coin, damaged, gold_of, real_pairs, tokens_of_chitchat
+from danlu.papers.small_talk import auroc, by_coin, gold_of, real_pairs, tokens_of_chitchat
 
 
 def test_the_rule() -> None:
@@ -46,7 +46,7 @@ def test_real_pairs_answer_their_prompt() -> None:
 def test_damage_has_five_ways() -> None:
     chance, ways = random.Random(0), Counter[str]()
     for _ in range(2000):
-        found = damaged(list("abcdefgh"), ["x"], chance)
+        found = calibration.damaged(list("abcdefgh"), ["x"], chance)
         moved = [k for k, letter in enumerate(found) if k > 7 or letter != "abcdefgh"[k]]
         if "x" in found:
             assert len(moved) == 1
