@@ -92,7 +92,7 @@ def test_questions_for_people(
     assert len({row["prompt"] for row in asked}) == 7
     assert all(row["a"] != row["b"] for row in asked)
 
-    def judge(ref: str) -> Any:
+    def judge(ref: str, *_: Any) -> Any:
         sign = 1 if ref == str(prompts) else -1
         return lambda replies: [sign * len(reply.text) for reply in replies]
 
