@@ -87,17 +87,21 @@ class Prompts:
     """The prompts that a policy learns from, and those held out.
 
     From the output folder of `danlu data prepare`, with its two parts, or from a JSONL file, which is split.
-    A conversation is a prompt up to its last reply, and that reply the answer.
+    A conversation is a prompt up to its last reply, and that reply the answer. Texts of such a folder, that
+    are no conversation, are left out, and so is what leaves no room for a reply.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, config: Drawing) -> None:
-        """Raises UserError for a row without a prompt. What leaves no room for a reply is left out."""
+        """Raises UserError for a row without a prompt."""
         self.held_out: list[int] = []
         self.train: list[int] = []
         self.rows: list[tuple[Messages, dict[str, Any], list[int]]] = []
-        self.left_out = 0
+        self.texts = self.left_out = 0
         digest, room = hashlib.sha256(), config.sequence_length - config.max_tokens
         for part, messages, row in _parted(path, config):
+            if not messages:
+                self.texts += 1
+                continue
             ids = render_prompt(messages, tokenizer)
             if len(ids) > room:
                 self.left_out += 1
@@ -107,6 +111,7 @@ class Prompts:
             self.rows.append((messages, row, ids))
         if not self.train:
             said = f"; {self.left_out} are longer than {room} tokens" if self.left_out else ""
+            said += f"; {self.texts} are texts, not conversations" if self.texts else ""
             raise UserError(
                 f"{path}: no prompt to learn from{said}", "give more prompts, or raise sequence_length"
             )
@@ -116,13 +121,14 @@ class Prompts:
     @property
     def note(self) -> str:
         """How many were left out; nothing where none was."""
-        if not self.left_out:
-            return ""
-        every = self.left_out + len(self.rows)
-        return (
-            f"{self.left_out:,} of {every:,} prompts leave no room for a reply within sequence_length, and "
-            f"were left out"
-        )
+        every, said = self.texts + self.left_out + len(self.rows), []
+        if self.left_out:
+            said.append(
+                f"{self.left_out:,} of {every:,} prompts leave no room for a reply within sequence_length"
+            )
+        if self.texts:
+            said.append(f"{self.texts:,} of {every:,} rows are texts, not conversations")
+        return f"{', '.join(said)}: left out" if said else ""
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """The training prompts of one pass."""
@@ -130,12 +136,13 @@ class Prompts:
 
 
 def _parted(path: Path, config: Drawing) -> Iterator[tuple[str, Messages, dict[str, Any]]]:
-    """(part, prompt, row) of each prompt."""
+    """(part, prompt, row) of each prompt; of a text that is no conversation an empty prompt."""
     if path.is_dir():
         for part in PARTS:
             file = path / f"{part}.jsonl.zst"
             for number, row in read_rows(file):
-                yield part, *_prompt(row, f"{file}, line {number}")
+                is_text = isinstance(row, dict) and "text" in row and not row.keys() & {"messages", "prompt"}
+                yield part, *(([], row) if is_text else _prompt(row, f"{file}, line {number}"))
         return
     for number, row in read_rows(path):
         messages, row = _prompt(row, f"{path}, line {number}")

@@ -19,6 +19,7 @@ from danlu.core.metrics import read_metrics
 from danlu.core.options import RunConfig
 from danlu.core.runner import run
 from danlu.data.config import DataConfig
+from danlu.data.documents import to_document, write_documents
 from danlu.data.prepare import prepare
 from danlu.model.checkpoint import load, save_model
 from danlu.model.config import LoraConfig
@@ -278,6 +279,20 @@ def test_prompts_of_prepared_conversations(chat_model: Path, tmp_path: Path) -> 
         messages, row, _ = prompts.rows[number]
         a, b = messages[-1]["content"].removesuffix("=").split("+")
         assert int(row["answer"]) == int(a) + int(b)
+
+
+def test_texts_beside_conversations_are_left_out_and_counted(
+    prompts: Path, chat_model: Path, tmp_path: Path
+) -> None:
+    talk = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "At the mill."}]
+    rows = [{"text": "Nobody answered."}, {"messages": talk}, {"text": "Nor here."}]
+    for part in ("train", "held_out"):
+        write_documents(
+            (to_document(row, part, part) for row in rows), tmp_path / "data" / f"{part}.jsonl.zst"
+        )
+    found = Grouped(config(tmp_path / "data", chat_model, tmp_path)).prompts
+    assert [row["answer"] for _, row, _ in found.rows] == ["At the mill."] * 2
+    assert found.note == "4 of 6 rows are texts, not conversations: left out"
 
 
 @pytest.mark.parametrize(
