@@ -87,8 +87,8 @@ class Prompts:
     """The prompts that a policy learns from, and those held out.
 
     From the output folder of `danlu data prepare`, with its two parts, or from a JSONL file, which is split.
-    A conversation is a prompt up to its last reply, and that reply the answer. Texts of such a folder, that
-    are no conversation, are left out, and so is what leaves no room for a reply.
+    A conversation is a prompt up to its last reply, and that reply the answer. Rows of a folder in which
+    nobody asks, such as texts, are left out, and so is what leaves no room for a reply.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, config: Drawing) -> None:
@@ -96,11 +96,11 @@ class Prompts:
         self.held_out: list[int] = []
         self.train: list[int] = []
         self.rows: list[tuple[Messages, dict[str, Any], list[int]]] = []
-        self.texts = self.left_out = 0
+        self.unasked = self.left_out = 0
         digest, room = hashlib.sha256(), config.sequence_length - config.max_tokens
         for part, messages, row in _parted(path, config):
             if not messages:
-                self.texts += 1
+                self.unasked += 1
                 continue
             ids = render_prompt(messages, tokenizer)
             if len(ids) > room:
@@ -111,7 +111,7 @@ class Prompts:
             self.rows.append((messages, row, ids))
         if not self.train:
             said = f"; {self.left_out} are longer than {room} tokens" if self.left_out else ""
-            said += f"; {self.texts} are texts, not conversations" if self.texts else ""
+            said += f"; in {self.unasked} nobody asks" if self.unasked else ""
             raise UserError(
                 f"{path}: no prompt to learn from{said}", "give more prompts, or raise sequence_length"
             )
@@ -121,13 +121,13 @@ class Prompts:
     @property
     def note(self) -> str:
         """How many were left out; nothing where none was."""
-        every, said = self.texts + self.left_out + len(self.rows), []
+        every, said = self.unasked + self.left_out + len(self.rows), []
         if self.left_out:
             said.append(
                 f"{self.left_out:,} of {every:,} prompts leave no room for a reply within sequence_length"
             )
-        if self.texts:
-            said.append(f"{self.texts:,} of {every:,} rows are texts, not conversations")
+        if self.unasked:
+            said.append(f"in {self.unasked:,} of {every:,} rows nobody asks")
         return f"{', '.join(said)}: left out" if said else ""
 
     def order(self, seed: int, epoch: int) -> list[int]:
@@ -136,16 +136,21 @@ class Prompts:
 
 
 def _parted(path: Path, config: Drawing) -> Iterator[tuple[str, Messages, dict[str, Any]]]:
-    """(part, prompt, row) of each prompt; of a text that is no conversation an empty prompt."""
+    """(part, prompt, row) of each prompt; an empty prompt where in a folder nobody asks."""
     if path.is_dir():
         for part in PARTS:
             file = path / f"{part}.jsonl.zst"
             for number, row in read_rows(file):
+                where = f"{file}, line {number}"
                 is_text = isinstance(row, dict) and "text" in row and not row.keys() & {"messages", "prompt"}
-                yield part, *(([], row) if is_text else _prompt(row, f"{file}, line {number}"))
+                messages, row = ([], row) if is_text else _prompt(row, where)
+                yield part, messages if _asks(messages) else [], row
         return
     for number, row in read_rows(path):
-        messages, row = _prompt(row, f"{path}, line {number}")
+        where = f"{path}, line {number}"
+        messages, row = _prompt(row, where)
+        if not _asks(messages):
+            raise UserError(f"{where}: nobody asks in it", "end a prompt with the user's turn")
         key = hashlib.blake2b(repr(messages).encode(), digest_size=8, key=str(config.seed).encode()).digest()
         yield (
             "held_out" if int.from_bytes(key, "big") / 2**64 < config.held_out else "train",
@@ -165,9 +170,11 @@ def _prompt(row: Any, where: str) -> tuple[Messages, dict[str, Any]]:
     if messages[-1]["role"] == "assistant" and "messages" in row:
         *messages, last = messages
         row = {"answer": last["content"], **row}
-    if not messages or messages[-1]["role"] not in ("user", "tool"):
-        raise UserError(f"{where}: nobody asks in it", "end a prompt with the user's turn")
     return messages, row
+
+
+def _asks(messages: Messages) -> bool:
+    return bool(messages) and messages[-1]["role"] in ("user", "tool")
 
 
 class Drawer:

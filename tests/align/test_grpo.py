@@ -281,18 +281,18 @@ def test_prompts_of_prepared_conversations(chat_model: Path, tmp_path: Path) -> 
         assert int(row["answer"]) == int(a) + int(b)
 
 
-def test_texts_beside_conversations_are_left_out_and_counted(
+def test_rows_in_which_nobody_asks_are_left_out_and_counted(
     prompts: Path, chat_model: Path, tmp_path: Path
 ) -> None:
     talk = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "At the mill."}]
-    rows = [{"text": "Nobody answered."}, {"messages": talk}, {"text": "Nor here."}]
+    rows = [{"text": "Nobody answered."}, {"messages": talk}, {"messages": talk[1:]}]
     for part in ("train", "held_out"):
         write_documents(
             (to_document(row, part, part) for row in rows), tmp_path / "data" / f"{part}.jsonl.zst"
         )
     found = Grouped(config(tmp_path / "data", chat_model, tmp_path)).prompts
     assert [row["answer"] for _, row, _ in found.rows] == ["At the mill."] * 2
-    assert found.note == "4 of 6 rows are texts, not conversations: left out"
+    assert found.note == "in 4 of 6 rows nobody asks: left out"
 
 
 @pytest.mark.parametrize(
