@@ -69,6 +69,7 @@ def best_of_n(config: BestOfNConfig) -> dict[str, Any]:
     return {
         "prompts": len(rows),
         "prompts too long": prompts.left_out,
+        "rows in which nobody asks": prompts.unasked,
         **{f"{part} rows": count for part, count in written.items()},
         "ended": float(np.mean([ended for row in rows for ended in row["ended"]])),
         "of held-out prompts": _gains([row for row in rows if row["part"] == "held_out"], config),

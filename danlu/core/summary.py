@@ -27,6 +27,14 @@ def _cost(figures: Mapping[str, Any]) -> str:
     return text + (f" Not finished: {', '.join(unfinished)}." if unfinished else "")
 
 
+_MEASURES = (
+    ("accuracy", "the share of held-out pairs that it ranks rightly {}", ".1%"),
+    ("held_out_reward", "the mean reward of a reply to a held-out prompt {}", ".2f"),
+    ("held_out_loss", "the held-out loss {} nats a token", ".2f"),
+)
+"""What a result says of unseen data: the first that there is."""
+
+
 def _training(stage: Mapping[str, Any]) -> list[str]:
     result = stage["result"]
     if "parameters" not in result or "tokens" not in result:
@@ -35,11 +43,12 @@ def _training(stage: Mapping[str, Any]) -> list[str]:
         f"{stage['name']}: {result['parameters'] / 1e6:,.1f} million parameters were trained on "
         f"{result['tokens']:,} tokens"
     )
-    before, after = result.get("held_out_loss_before"), result.get("held_out_loss")
-    if before is not None and after is not None:
-        text += f"; the held-out loss went from {before:.2f} to {after:.2f} nats a token"
-    elif after is not None:
-        text += f"; the held-out loss is {after:.2f} nats a token"
+    for name, what, form in _MEASURES:
+        before, after = result.get(f"{name}_before"), result.get(name)
+        if after is not None:
+            came = f"is {after:{form}}" if before is None else f"went from {before:{form}} to {after:{form}}"
+            text += f"; {what.format(came)}"
+            break
     count = result.get("interventions", 0)
     times = "once" if count == 1 else f"{count} times"
     guard = f" The loss-spike guard acted {times}." if count else ""

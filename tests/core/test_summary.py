@@ -32,6 +32,16 @@ def test_what_it_cost() -> None:
             "6.50 to 4.12 nats a token. The loss-spike guard acted once.",
         ),
         (
+            {"held_out_loss": 0.3, "held_out_loss_before": 0.7, "accuracy": 0.9, "accuracy_before": 0.446},
+            "pretrain: 5.8 million parameters were trained on 1,802,240 tokens; the share of held-out pairs "
+            "that it ranks rightly went from 44.6% to 90.0%.",
+        ),
+        (
+            {"held_out_loss": None, "held_out_reward": 6.3, "held_out_reward_before": -2.8},
+            "pretrain: 5.8 million parameters were trained on 1,802,240 tokens; the mean reward of a reply "
+            "to a held-out prompt went from -2.80 to 6.30.",
+        ),
+        (
             {"interventions": 3},
             "pretrain: 5.8 million parameters were trained on 1,802,240 tokens. "
             "The loss-spike guard acted 3 times.",
