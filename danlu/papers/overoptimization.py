@@ -9,7 +9,7 @@ The rule, written before the first run:
   replies of at most 24 tokens. Gold: 10.5 million parameters, 200 steps of text, then a model of rewards of
   2,000 pairs by the rule of danlu/papers/small_talk.py and 6,000 of what a person replied and, by turns, the
   reply to something else, the same words shuffled, and a few of them again and again, so that it knows more
-  than the first policy's replies show; frozen; mean 0 and deviation 1 over these.
+  than the first policy's replies show; frozen; mean 0 and deviation 1 over the first policy's replies.
 - Proxies: 0.1, 0.6 and 2.6 million parameters (300 steps of the same text), each a model of rewards of 200,
   1,000 and 5,000 pairs of the first policy's replies, of which gold is asked for the better one; one pass,
   and at least 25 steps of 8 × 256; scores standardised as gold's.
