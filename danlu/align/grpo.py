@@ -46,6 +46,9 @@ class Grouped(Policy):
 
     config: GRPOConfig
 
+    def finish(self, model: Transformer) -> None:
+        """Nothing was added."""
+
     def judge(self, shares: Sequence[Share], drawn: Sequence[Drawn], figures: dict[str, float]) -> None:
         if self.config.advantage == "global":
             for share in shares:

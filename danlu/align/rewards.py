@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from requests import RequestException
 
 from danlu.align.config import RewardSource
@@ -82,27 +81,16 @@ def matches(pattern: str) -> Reward:
     return lambda replies: [float(compiled.search(reply.text) is not None) for reply in replies]
 
 
-def by_model(ref: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Reward:
-    """What a model of rewards says; `dtype` and `device` as RewardModel's."""
-    model = RewardModel(ref, dtype, device)
-    return lambda replies: model([reply.prompt for reply in replies], [reply.text for reply in replies])
-
-
-def by_models(
-    refs: Sequence[str],
-    doubt: float,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> Reward:
-    """The mean of several models of rewards, less `doubt` of their standard deviations.
+def by_models(models: Sequence[RewardModel], doubt: float) -> Reward:
+    """What a model of rewards says; the mean of several, less `doubt` of their standard deviations.
 
     Where they have seen nothing alike they disagree; what exploits one of them is then worth less (Coste et
     al. 2023, "Reward model ensembles help mitigate overoptimization", section 3.3).
     """
-    members = [by_model(ref, dtype, device) for ref in refs]
 
     def judge(replies: Sequence[Reply]) -> list[float]:
-        found = np.array([member(replies) for member in members])
+        prompts, texts = [reply.prompt for reply in replies], [reply.text for reply in replies]
+        found = np.array([model(prompts, texts) for model in models])
         return (found.mean(0) - doubt * found.std(0)).tolist()
 
     return judge
@@ -162,15 +150,9 @@ class SummedReward:
     """A weighted sum of rewards, each checked."""
 
     def __init__(
-        self,
-        sources: Sequence[RewardSource],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        self, sources: Sequence[RewardSource], load: Callable[[str], RewardModel] = RewardModel
     ) -> None:
-        """`dtype` and `device`: of the models among them.
-
-        Raises UserError where there is none, or one can't be.
-        """
+        """`load`: gets the models among them. Raises UserError where there is none, or one can't be."""
         if not sources:
             raise UserError(
                 "no reward is given",
@@ -178,7 +160,7 @@ class SummedReward:
             )
         self.weights = [source.weight for source in sources]
         self.names = [source.name for source in sources]
-        self._rewards = [_named(source, dtype, device) for source in sources]
+        self._rewards = [_named(source, load) for source in sources]
 
     def parts(self, replies: Sequence[Reply]) -> list[tuple[float, ...]]:
         """Of each reply what each part says."""
@@ -214,15 +196,13 @@ def checked(reward: Reward, replies: Sequence[Reply], name: str) -> list[float]:
     return found
 
 
-def _named(source: RewardSource, dtype: torch.dtype | None, device: torch.device | str) -> Reward:
+def _named(source: RewardSource, load: Callable[[str], RewardModel]) -> Reward:
     if source.rule == "tests":
         return passes_tests(source.seconds)
     if source.rule is not None:
         return RULES[source.rule]
     if source.regex is not None:
         return matches(source.regex)
-    if source.models is not None:
-        return by_models([str(ref) for ref in source.models], source.doubt, dtype, device)
     if source.url is not None:
         return by_server(source.url, source.seconds)
-    return by_model(str(source.model), dtype, device)
+    return by_models([load(str(ref)) for ref in source.models or [source.model]], source.doubt)

@@ -5,8 +5,10 @@ in common stands here.
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from danlu.align.advantages import gae, whitened
 from danlu.align.config import RLConfig
 from danlu.align.policy_losses import KL_ESTIMATORS, clipped, count_of, token_weights
 from danlu.align.replies import replies_of
+from danlu.align.reward import RewardModel
 from danlu.align.rewards import SummedReward
 from danlu.align.rollouts import (
     OF_REPLIES,
@@ -85,7 +88,7 @@ class Share:
         return KL_ESTIMATORS["k1"](self.batch.old, self.batch.reference)
 
 
-class Policy:
+class Policy(ABC):
     """Where a run gets its batches, and the part of its loss that is the policy's."""
 
     nothing, measure = "no reply was drawn", "held_out_reward"
@@ -96,7 +99,8 @@ class Policy:
         self.tokenizer = load(str(config.init_from))[1]
         self.prompts = Prompts(config.data, self.tokenizer, config)
         device = choose_device(config.device)
-        self.reward = SummedReward(config.summed, choose_dtype(config.dtype, device), device)
+        dtype = choose_dtype(config.dtype, device)
+        self.reward = SummedReward(config.summed, partial(RewardModel, dtype=dtype, device=device))
         self._held_out: Sequence[Drawn] = ()
         self.reference: Transformer | None = None
         self._seen: list[tuple[dict[str, float], float, float, float]] = []
@@ -162,9 +166,9 @@ class Policy:
         self._follow()
         return [share.batch for share in shares] * self.config.passes, figures
 
+    @abstractmethod
     def judge(self, shares: Sequence[Share], drawn: Sequence[Drawn], figures: dict[str, float]) -> None:
         """Sets the advantages in the shares, of all that were `drawn`; adds to the figures."""
-        raise NotImplementedError("PPO's or GRPO's")
 
     def said(self, drawn: Sequence[Drawn]) -> dict[str, float]:
         """Figures of a rollout; `alike`: share of the groups whose rewards are equal (of one: of all)."""
@@ -372,8 +376,9 @@ class Policy:
             said += f"; it beats the first model's in {figures['wins']:.1%} [{low:.1%}, {high:.1%}]"
         return said
 
+    @abstractmethod
     def finish(self, model: Transformer) -> None:
-        """Nothing."""
+        """Takes off what the trained model needs no more."""
 
 
 def spread(values: Tensor, places: Places, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ section 2.2.4).
 import json
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import torch
 
 from danlu.align.best_of_n import expected_best, kl_bound
 from danlu.align.config import BestOfNConfig, RewardSource
-from danlu.align.rewards import Reply, SummedReward, by_model
+from danlu.align.reward import RewardModel
+from danlu.align.rewards import SummedReward
 from danlu.align.rollouts import Drawer, Drawn, Prompts
 from danlu.core.device import choose_device, choose_dtype
 from danlu.core.errors import UserError
@@ -49,7 +51,8 @@ def best_of_n(config: BestOfNConfig) -> dict[str, Any]:
     parts = config.summed
     if config.keep == "questions" and not parts:
         parts = (RewardSource(rule="ended"),)  # nothing needs to be worth anything
-    drawer = Drawer(model, tokenizer, config, SummedReward(parts, dtype, device))
+    rewards = SummedReward(parts, partial(RewardModel, dtype=dtype, device=device))
+    drawer = Drawer(model, tokenizer, config, rewards)
     config.out.mkdir(parents=True, exist_ok=True)
     _require_same(config, prompts.sha256)
     rows = list(_answered(config, prompts, drawer))
@@ -148,7 +151,7 @@ def _kept(config: BestOfNConfig, rows: Sequence[Row]) -> Iterator[Document]:
 
 def _ask(config: BestOfNConfig, rows: Sequence[Row]) -> dict[str, Any]:
     """Writes `questions.jsonl`."""
-    judges = [by_model(str(ref), choose_dtype(), choose_device()) for ref in config.judges]
+    judges = [RewardModel(str(ref), choose_dtype(), choose_device()) for ref in config.judges]
     chance = random.Random(config.seed)
     found: list[tuple[float, Row]] = []
     for row in rows:
@@ -157,7 +160,7 @@ def _ask(config: BestOfNConfig, rows: Sequence[Row]) -> dict[str, Any]:
         if not pairs:
             continue
         if judges:
-            said = np.array([judge([Reply(row["prompt"], text) for text in texts]) for judge in judges])
+            said = np.array([judge([row["prompt"]] * len(texts), texts) for judge in judges])
             doubts = [float((said[:, a] - said[:, b]).std()) for a, b in pairs]
         else:
             doubts = [chance.random() for _ in pairs]

@@ -7,6 +7,7 @@ learn is left of it; both are counted. The replies of a preference are packed to
 prompt; those that don't fit in a sequence are left out.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -149,7 +150,7 @@ def held_out_batches(shards: Shards, batch_size: int, sequence_length: int) -> I
         yield next(loader)
 
 
-class _Plan:
+class _Plan(ABC):
     """The rows of one pass."""
 
     n_rows: int
@@ -158,9 +159,9 @@ class _Plan:
     left_out: int = 0
     """… and those of which nothing to learn is left, so that they are not in it."""
 
+    @abstractmethod
     def row(self, number: int) -> list[Piece]:
         """Empty beyond the last row."""
-        raise NotImplementedError("abstract")
 
 
 class _StreamPlan(_Plan):

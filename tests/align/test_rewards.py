@@ -73,16 +73,19 @@ def test_a_sum_of_rewards() -> None:
     assert reward.parts([Reply(ASKED, "4", {"answer": 4}, False)]) == [(1, 0)]
 
 
-def test_several_models_and_their_doubt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_several_models_and_their_doubt(tmp_path: Path) -> None:
     """The mean, less so many standard deviations: what they agree on stays."""
     says = {"one": [1.0, 4.0], "two": [3.0, 4.0], "three": [5.0, 4.0]}
     for name in says:
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(reward_table, "by_model", lambda ref, *_: lambda replies: says[Path(ref).name])
+
+    def load(ref: str) -> Any:
+        return lambda prompts, texts: says[Path(ref).name]
+
     replies = [Reply(ASKED, "a"), Reply(ASKED, "b")]
     refs = [tmp_path / name for name in says]
-    assert SummedReward([RewardSource(models=refs)])(replies) == [3, 4]
-    found = SummedReward([RewardSource(models=refs, doubt=1.0)])(replies)
+    assert SummedReward([RewardSource(models=refs)], load)(replies) == [3, 4]
+    found = SummedReward([RewardSource(models=refs, doubt=1.0)], load)(replies)
     assert found == pytest.approx([3 - (8 / 3) ** 0.5, 4])
     with pytest.raises(ValueError, match="at least 2"):
         RewardSource(models=refs[:1])

@@ -94,9 +94,9 @@ def test_questions_for_people(
 
     def judge(ref: str, *_: Any) -> Any:
         sign = 1 if ref == str(prompts) else -1
-        return lambda replies: [sign * len(reply.text) for reply in replies]
+        return lambda prompts, texts: [sign * len(text) for text in texts]
 
-    monkeypatch.setattr(selection, "by_model", judge)
+    monkeypatch.setattr(selection, "RewardModel", judge)
     both = [str(prompts), str(chat_model)]
     out = tmp_path / "judged"
     best_of_n(config(prompts, chat_model, out, keep="questions", rewards=[], judges=both))

@@ -65,10 +65,21 @@ def test_memory_of_a_container(group: Path, files: dict[str, str], total: int, f
     assert host.available_memory_bytes() == free * 10**9
 
 
-def test_the_groups_of_this_process_are_real_folders() -> None:
-    for controller in ("cpu", "memory"):
-        for folder in host._cgroup_folders(controller):
-            assert folder.is_relative_to("/sys/fs/cgroup")
+@pytest.mark.parametrize(
+    ("lines", "folders"),
+    [
+        (["0::/user/shell"], ["user/shell", "user", "."]),  # version 2: one tree for all controllers
+        (["5:cpu,cpuacct:/box", "4:memory:/other"], ["cpu/box", "cpu"]),  # version 1: a tree for each
+        (["4:memory:/"], []),
+        ([], []),  # a system without control groups
+    ],
+)
+def test_the_groups_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], folders: list[str]
+) -> None:
+    """As cgroups(7) describes /proc/self/cgroup."""
+    monkeypatch.setattr(host, "_lines", lambda path: [line + "\n" for line in lines])
+    assert host._cgroup_folders("cpu") == [Path("/sys/fs/cgroup") / folder for folder in folders]
 
 
 def test_this_machine() -> None:
