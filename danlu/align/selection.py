@@ -96,7 +96,9 @@ def _require_same(config: BestOfNConfig, prompts: str) -> None:
 def _answered(config: BestOfNConfig, prompts: Prompts, drawer: Drawer) -> Iterator[Row]:
     """The row of each prompt, as it is written down in chunks."""
     path = config.out / "replies.jsonl"
-    numbers = [*prompts.train[: config.limit or None], *prompts.held_out]
+    numbers = list(prompts.train[: config.limit or None])
+    if config.keep != "questions":  # people are not asked about what is held out
+        numbers += prompts.held_out
     before = _whole_chunks(path, len(numbers))
     yield from before
     held = set(prompts.held_out)

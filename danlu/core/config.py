@@ -51,6 +51,22 @@ def input_fields(cls: type[Config]) -> list[str]:
     ]
 
 
+def inputs_of(config: Config, prefix: str = "") -> dict[str, Any]:
+    """Every input by its place, also in lists and nested parts: {"data": …, "rewards.0.model": …}."""
+    found: dict[str, Any] = {}
+    marked = input_fields(type(config))
+    for name in type(config).model_fields:
+        value, key = getattr(config, name), prefix + name
+        several = isinstance(value, tuple)
+        parts = {f"{key}.{i}": part for i, part in enumerate(value)} if several else {key: value}
+        for place, part in parts.items():
+            if isinstance(part, Config):
+                found |= inputs_of(part, f"{place}.")
+            elif name in marked:
+                found[place] = part
+    return found
+
+
 def _nested(annotation: Any) -> Iterable[Any]:
     for arg in get_args(annotation):
         yield arg

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from danlu import __version__
 from danlu.core.artefacts import DONE, artefacts, digest, read_lineage
-from danlu.core.config import StageConfig, flatten, input_fields
+from danlu.core.config import StageConfig, flatten, inputs_of
 from danlu.core.errors import UserError
 from danlu.core.files import os_errors
 from danlu.core.verbs import Verb
@@ -77,13 +77,24 @@ def identify(job: Job) -> Identity:
     config = job.config.model_dump(mode="json", exclude={"out"})
     paths = input_paths(job.config)
     inputs = {}
-    for option in input_fields(type(job.config)):
+    for option, value in inputs_of(job.config).items():
         if option in paths:
             inputs[option] = {"path": str(paths[option]), "sha256": digest(artefacts(paths[option]))}
-            del config[option]
-        elif config[option]:
-            inputs[option] = {"path": config[option], "sha256": ""}
+            _take(config, option)
+        elif value:
+            inputs[option] = {"path": str(value), "sha256": ""}
     return Identity(job.verb.name, __version__, config, inputs)
+
+
+def _take(config: Any, option: str) -> None:
+    """Removes the value at such a place as "data" or "rewards.0.model"; of a list the place stays."""
+    outer, _, name = option.rpartition(".")
+    for part in outer.split(".") if outer else []:
+        config = config[int(part)] if isinstance(config, list) else config[part]
+    if isinstance(config, list):
+        config[int(name)] = None
+    else:
+        del config[name]
 
 
 def input_paths(config: StageConfig, made: Container[Path] = ()) -> dict[str, Path]:
@@ -93,8 +104,7 @@ def input_paths(config: StageConfig, made: Container[Path] = ()) -> dict[str, Pa
     Raises UserError for a missing one, but for those in `made`, which an earlier stage will write.
     """
     paths = {}
-    for option in input_fields(type(config)):
-        value = getattr(config, option)
+    for option, value in inputs_of(config).items():
         if isinstance(value, Path) and not value.exists() and value not in made:
             raise UserError(f"{option}: {value}: no such file or folder", "check the path")
         if value and Path(value).exists():

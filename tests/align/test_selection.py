@@ -90,6 +90,7 @@ def test_questions_for_people(
     asked = rows(tmp_path / "random" / "questions.jsonl")
     assert result["questions"] == len(asked) == 7
     assert len({row["prompt"] for row in asked}) == 7
+    assert {row["part"] for row in rows(tmp_path / "random" / "replies.jsonl")} == {"train"}
     assert all(row["a"] != row["b"] for row in asked)
 
     def judge(ref: str, *_: Any) -> Any:

@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 from pydantic import Field
-from toy_verbs import InnerConfig, JoinConfig, WriteConfig
+from toy_verbs import GatherConfig, InnerConfig, JoinConfig, PartConfig, WriteConfig
 
 from danlu.core.config import (
     Config,
     StageConfig,
     input_fields,
+    inputs_of,
     make_config,
     merge,
     nearest,
@@ -135,6 +136,18 @@ def test_the_effective_config_reads_back(tmp_path) -> None:
 def test_input_fields_also_optional_and_named_ones() -> None:
     assert input_fields(JoinConfig) == ["left", "right"]
     assert input_fields(WriteConfig) == ["source"]
+
+
+def test_inputs_also_in_lists_and_nested_parts() -> None:
+    parts = (PartConfig(text=Path("a")), PartConfig(texts=(Path("b"), Path("c"))))
+    assert inputs_of(GatherConfig(out=Path("x"), parts=parts, others=(Path("d"),))) == {
+        "parts.0.text": Path("a"),
+        "parts.1.text": None,
+        "parts.1.texts.0": Path("b"),
+        "parts.1.texts.1": Path("c"),
+        "others.0": Path("d"),
+    }
+    assert inputs_of(GatherConfig(out=Path("x"))) == {}
 
 
 def test_configs_are_frozen_and_json() -> None:

@@ -86,6 +86,24 @@ def test_a_changed_input_file_is_seen_by_its_content(recipe) -> None:
     assert (RUN / "one/text.txt").read_text() == "new"
 
 
+def test_inputs_in_lists_and_nested_parts_are_seen_too(recipe, capsys) -> None:
+    for name in ("a", "b", "c"):
+        Path(f"{name}.txt").write_text(name)
+    path = recipe(
+        "name: toy\nstages: [{name: one, verb: gather, options: "
+        "{parts: [{}, {text: a.txt, texts: [b.txt]}], others: [c.txt]}}]"
+    )
+    go(path)
+    assert ran(go(path)) == []
+    for name, option in (("a", "parts.1.text"), ("b", "parts.1.texts.0"), ("c", "others.0")):
+        Path(f"{name}.txt").write_text("new")
+        assert ran(go(path)) == ["one"]
+        assert f"{option} has other content than before" in capsys.readouterr().err
+    Path("b.txt").unlink()
+    with pytest.raises(UserError, match=r"stage one: parts.1.texts.0: b.txt: no such file"):
+        go(path)
+
+
 def test_a_result_that_was_touched_or_removed_is_made_again(recipe, capsys) -> None:
     path = recipe()
     go(path)

@@ -30,6 +30,16 @@ class JoinConfig(StageConfig):
     inner: InnerConfig = Field(InnerConfig(), description="more")
 
 
+class PartConfig(Config):
+    text: InputPath | None = Field(None, description="a text")
+    texts: tuple[InputPath, ...] = Field((), description="several")
+
+
+class GatherConfig(StageConfig):
+    parts: tuple[PartConfig, ...] = Field((), description="what is gathered")
+    others: tuple[InputPath, ...] = Field((), description="more texts")
+
+
 class TrainConfig(StageConfig):
     data: InputPath = Field(description="text")
     steps: int = Field(4, ge=1, description="steps")
@@ -51,6 +61,14 @@ def join(config: JoinConfig) -> dict[str, int]:
     with atomic_write(config.out / "text.txt") as file:
         file.write(" ".join(parts))
     return {"parts": len(parts)}
+
+
+def gather(config: GatherConfig) -> dict[str, int]:
+    files = [*(part.text for part in config.parts if part.text), *config.others]
+    files += [text for part in config.parts for text in part.texts]
+    with atomic_write(config.out / "text.txt") as file:
+        file.write(" ".join(path.read_text() for path in files))
+    return {"parts": len(files)}
 
 
 def train(config: TrainConfig) -> dict[str, int]:
@@ -97,6 +115,7 @@ VERBS = [
         estimate="toy_verbs:estimate_write",
     ),
     Verb("join", "toy_verbs:join", "toy_verbs:JoinConfig", "Joins.", stage=True),
+    Verb("gather", "toy_verbs:gather", "toy_verbs:GatherConfig", "Gathers.", stage=True),
     Verb(
         "train",
         "toy_verbs:train",
