@@ -75,8 +75,12 @@ def show_size(number: float) -> str:
 
 
 def show_result(result: Any) -> None:
-    """Any result as a table of its figures."""
+    """Any result as a table of its figures; those that it doesn't have are left out."""
     values = as_json(result)
     if isinstance(values, Mapping) and values:
-        rows = [(k.replace("_", " "), v) for k, v in flatten(values).items() if not isinstance(v, list)]
+        rows = [
+            (key.replace("_", " "), value)
+            for key, value in flatten(values).items()
+            if value is not None and not isinstance(value, list)
+        ]
         console().print(table("", ("figure", "value"), rows))

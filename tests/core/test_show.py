@@ -78,7 +78,7 @@ def test_markup_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_results_are_flattened(capsys: pytest.CaptureFixture[str]) -> None:
-    show_result({"held_out": {"documents": 3, "bytes": 1.5}, "rows": [1, 2], "ok": True})
+    show_result({"held_out": {"documents": 3, "bytes": 1.5}, "rows": [1, 2], "ok": True, "accuracy": None})
     cells = [[cell.strip() for cell in row] for row in printed(capsys)]
     assert cells == [["held out.documents", "3"], ["held out.bytes", "1.5"], ["ok", "yes"]]
     show_result(None)
