@@ -98,7 +98,7 @@ class Prompts:
         self.rows: list[tuple[Messages, dict[str, Any], list[int]]] = []
         self.unasked = self.left_out = 0
         digest, room = hashlib.sha256(), config.sequence_length - config.max_tokens
-        for part, messages, row in _parted(path, config):
+        for part, messages, row in read_prompts(path, config):
             if not messages:
                 self.unasked += 1
                 continue
@@ -135,8 +135,8 @@ class Prompts:
         return np.random.default_rng([seed, epoch]).permutation(self.train).tolist()
 
 
-def _parted(path: Path, config: Drawing) -> Iterator[tuple[str, Messages, dict[str, Any]]]:
-    """(part, prompt, row) of each prompt; an empty prompt where in a folder nobody asks."""
+def read_prompts(path: Path, config: Drawing) -> Iterator[tuple[str, Messages, dict[str, Any]]]:
+    """(part, prompt, row) of each prompt; an empty prompt where in a folder nobody asks. Raises UserError."""
     if path.is_dir():
         for part in PARTS:
             file = path / f"{part}.jsonl.zst"

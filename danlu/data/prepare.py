@@ -163,9 +163,8 @@ def estimate(config: DataConfig, upstream: Mapping[str, Estimate]) -> Estimate:
     """Size of the source on disk; about 20 MB of text a second go through."""
     if config.source == SUMS:
         size = 20 * COUNT
-        return Estimate(
-            seconds=3, memory_bytes=200 << 20, outputs={"bytes": int(size * (1 - config.held_out))}
-        )
+        outputs = {"bytes": int(size * (1 - config.held_out)), "row_bytes": 20}
+        return Estimate(seconds=3, memory_bytes=200 << 20, outputs=outputs)
     source = chitchat_file() if config.source == CHITCHAT else Path(config.source)
     files = [f for f in source.rglob("*") if f.is_file()] if source.is_dir() else [source]
     if not all(file.exists() for file in files):

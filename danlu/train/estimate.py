@@ -28,7 +28,7 @@ START_SECONDS, COMPILE_SECONDS = 2, 5
 def estimate_training(config: TrainConfig, upstream: Mapping[str, Estimate]) -> Estimate:
     """`upstream`: the estimates of the stages that `data` and `init_from` read, where these are stages."""
     data = upstream.get("data", Estimate()).outputs
-    sizes, problems = _sizes(config, upstream)
+    sizes, problems = sizes_to_train(config, upstream)
     vocabulary = data.get("vocab_size")
     if config.model is not None and vocabulary not in (None, sizes.vocab_size):
         problems.append(f"model.vocab_size is {sizes.vocab_size}, the tokenizer has {vocabulary} entries")
@@ -73,16 +73,21 @@ def estimate_training(config: TrainConfig, upstream: Mapping[str, Estimate]) -> 
     return Estimate(tokens, flops, memory, seconds, outputs, problems)
 
 
-def _sizes(config: TrainConfig, upstream: Mapping[str, Estimate]) -> tuple[ModelConfig, list[str]]:
+def sizes_to_train(config: TrainConfig, upstream: Mapping[str, Estimate]) -> tuple[ModelConfig, list[str]]:
     """The sizes of the model to be trained, and what speaks against them."""
     if config.model is not None:
         return config.model, []
     if config.init_from is None:
         vocabulary = upstream.get("data", Estimate()).outputs.get("vocab_size", 4096)
         return ModelConfig(vocab_size=vocabulary, max_positions=config.sequence_length), []
+    return sizes_of_start(str(config.init_from), upstream)
+
+
+def sizes_of_start(init_from: str, upstream: Mapping[str, Estimate]) -> tuple[ModelConfig, list[str]]:
+    """The sizes of the model that a stage begins with, and that they are guessed where that isn't there."""
     if "init_from" in upstream and "model" in upstream["init_from"].outputs:
         return ModelConfig(**upstream["init_from"].outputs["model"]), []
     try:
-        return sizes_of(config.init_from), []
+        return sizes_of(init_from), []
     except UserError as error:
         return ModelConfig(), [f"{error.message}; its size is guessed"]

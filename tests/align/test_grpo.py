@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from danlu.align.config import GRPOConfig
+from danlu.align.estimate import estimate_rollouts
 from danlu.align.grpo import Grouped, grpo
 from danlu.align.rollouts import RolloutBatch
 from danlu.cli import VERBS
@@ -61,6 +62,17 @@ def started(settings: GRPOConfig, lora: bool = False) -> tuple[Any, Grouped, Rol
     source = Grouped(settings)
     source.objective(model)
     return model, source, next(source.loader(settings))  # type: ignore[arg-type]
+
+
+def test_the_plan_knows_how_long_prompts_are(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
+    """Not as long as they may be; a broken row is a problem of the plan."""
+    settings = config(prompts, chat_model, tmp_path, sequence_length=128)
+    drawn = QUICK["steps"] * started(settings)[2].ids.numel()
+    assert drawn / 2 <= estimate_rollouts(settings, {}).tokens <= 2 * drawn
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "nobody asks"}\n')
+    problems = estimate_rollouts(config(broken, chat_model, tmp_path), {}).problems
+    assert [problem for problem in problems if f'{broken}, line 1: no "prompt" in it' in problem]
 
 
 @pytest.mark.parametrize("lora", [False, True])
