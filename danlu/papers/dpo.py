@@ -95,7 +95,7 @@ def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Re
     tokenizer.save_folder(folder / "tokenizer")
     pairs = read_pairs(Path(config.data), tokenizer, setup.longest)
     held = [number for fold in range(setup.folds) for number in range(len(pairs))[fold :: setup.folds]]
-    before = [log_probs(model, pairs[number], setup) for number in held]
+    before = [log_probs(model, pairs[number]) for number in held]
     del model
     found = {
         name: [
@@ -170,7 +170,7 @@ def one_fold(
     kept = folder / "held_out.json"
     if not kept.exists():
         model = load(train(pairs, fold, coin, seed, setup, folder), dtype=torch.float32)[0]
-        found = [log_probs(model, pair, setup) for pair in pairs[fold :: setup.folds]]
+        found = [log_probs(model, pair) for pair in pairs[fold :: setup.folds]]
         kept.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return [(chosen, rejected) for chosen, rejected in read_json(kept)]
 
@@ -218,9 +218,10 @@ def train(pairs: Sequence[Pair], fold: int, coin: bool, seed: int, setup: Setup,
 
 
 @torch.no_grad()
-def log_probs(model: Transformer, pair: Pair, setup: Setup) -> tuple[float, float]:
+def log_probs(model: Transformer, pair: Pair) -> tuple[float, float]:
     """Nats of the chosen and of the rejected reply."""
-    batch, places = pack([(pair.prompt, reply) for reply in pair.replies], 2 * setup.longest)
+    rows = [(pair.prompt, reply) for reply in pair.replies]
+    batch, places = pack(rows, sum(len(prompt) + len(reply) - 1 for prompt, reply in rows))
     logs = log_probabilities(model, batch, counted=True)
     found = {n: float(logs[row, begin:end].sum()) for row, of in enumerate(places) for n, begin, end in of}
     return found[0], found[1]
