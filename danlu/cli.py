@@ -437,7 +437,7 @@ VERBS = [
         "danlu.papers.config:ReproduceConfig",
         "A paper's claim in miniature, with a verdict that can come out either way.",
         positional=("name",),
-        show="danlu.core.show:show_result",
+        show="danlu.papers.protocol:show",
         group=_MEASURE,
         examples=("reproduce opt-logbook", "reproduce compression"),
     ),

@@ -8,7 +8,6 @@ import base64
 import html
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from pydantic import BaseModel
 
 from danlu.core.config import flatten
 from danlu.core.files import atomic_write
-from danlu.core.show import show_value
+from danlu.core.show import console, show_result, show_value, table
 from danlu.evaluate.intervals import Interval
 
 Verdict = Literal["holds", "does not hold", "not testable"]
@@ -92,19 +91,20 @@ def save_plot(figure: Any, folder: Path) -> None:
         file.write(buffer.getvalue())
 
 
-def print_result(result: Result, folder: Path) -> None:
-    """The verdicts on stderr, one line each."""
+def show(result: Result) -> None:
+    """The verdicts on stdout, and every single figure; rule, plot and the rest are on the page."""
     if result.void:
-        print("VOID: a control is not null; no claim is judged", file=sys.stderr)
-    for claim in result.claims:
-        print(f"{claim.verdict:14} {claim.claim}: {_number(claim.value, claim.interval)}", file=sys.stderr)
-    for control in result.controls:
-        state = "null" if control.null else "NOT NULL"
-        print(
-            f"control {state:9} {control.control}: {_number(control.value, control.interval)}",
-            file=sys.stderr,
-        )
-    print(f"{folder / 'index.html'}", file=sys.stderr)
+        print("VOID: a control is not null; no claim is judged")
+    rows: list[tuple[str, ...]] = [
+        (claim.verdict, claim.claim, _number(claim.value, claim.interval), claim.required)
+        for claim in result.claims
+    ]
+    rows += [
+        ("null" if one.null else "NOT NULL", f"control: {one.control}", _number(one.value, one.interval), "")
+        for one in result.controls
+    ]
+    console().print(table(result.paper, ("verdict", "claim", "measured", "required"), rows))
+    show_result({**result.figures, "seconds": result.seconds})
 
 
 _PAGE = """<!doctype html>

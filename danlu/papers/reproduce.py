@@ -1,5 +1,6 @@
 """`danlu reproduce NAME`: one table from names to experiments."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from danlu.core.config import nearest
 from danlu.core.errors import UserError
 from danlu.core.verbs import resolve
 from danlu.papers.config import ReproduceConfig
-from danlu.papers.protocol import Result, print_result, write_result
+from danlu.papers.protocol import Result, write_result
 
 EXPERIMENTS = {
     "annollm": "danlu.papers.annollm:run",
@@ -40,5 +41,5 @@ def reproduce(config: ReproduceConfig) -> Result:
     experiment: Callable[[ReproduceConfig, Path], Result] = resolve(EXPERIMENTS[config.name])
     result = experiment(config, folder)
     write_result(result, folder)
-    print_result(result, folder)
+    print(f"{folder / 'index.html'}: rule, verdicts, plot", file=sys.stderr)
     return result

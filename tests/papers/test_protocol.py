@@ -5,7 +5,7 @@ import pytest
 
 from danlu.core.errors import UserError
 from danlu.papers.config import ReproduceConfig
-from danlu.papers.protocol import Claim, Control, Result, at_least, at_most, judged, write_result
+from danlu.papers.protocol import Claim, Control, Result, at_least, at_most, judged, show, write_result
 from danlu.papers.reproduce import reproduce
 
 
@@ -43,6 +43,14 @@ def test_result_and_page_are_written_and_escaped(tmp_path: Path) -> None:
     page = (tmp_path / "index.html").read_text("utf-8")
     assert "&lt;b&gt;x&lt;/b&gt; &amp; y" in page
     assert "http" not in page
+
+
+def test_verdicts_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    show(judged(result(null=False)).model_copy(update={"figures": {"share": 0.25}}))
+    shown = capsys.readouterr().out
+    for text in ("VOID", "not testable", "<b>x</b> & y", "0.5 [0.4, 0.6]", "NOT NULL", "shuffled", "0.25"):
+        assert text in shown
+    assert "the rule" not in shown
 
 
 def test_an_unknown_experiment_names_the_nearest(tmp_path: Path) -> None:
