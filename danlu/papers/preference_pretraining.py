@@ -4,20 +4,23 @@ Claim (Askell et al. 2021, "A General Language Assistant as a Laboratory for Ali
 of preference modelling on a large set of public comparisons, between language modelling and the wanted
 preferences, improves what is learnt from few of them; a binary pretraining transfers.
 
-The rule, written before the first run:
+The second rule, written before its first run; the first one asked for less (LOG.md): its lesser model had
+seen a fifth of the text, and 32 pairs told the two apart. Seeds 0 and 1 were looked at to choose these
+numbers, so the run that counts has --seed 2.
 - Language model: 2.6 million parameters, chitchat-dataset, 300 steps of text and 80 of replies (8 × 512). The
-  paper's comparisons (Stack Exchange, Reddit, Wikipedia) aren't here; in their place 4,000 pairs of what a
+  paper's comparisons (Stack Exchange, Reddit, Wikipedia) aren't here; in their place 12,000 pairs of what a
   person replied and, by turns, what somebody replied to something else or what the model replies. One pass.
-- Wanted: of two replies to a prompt the one that the model wrote, not one of less training (60 steps of text,
-  20 of replies); replies of at most 24 tokens; 2,048 pairs to learn from and 500 held out, of other prompts.
+- Wanted: of two replies to a prompt the one that the model wrote, not one of less training (150 steps of
+  text, 40 of replies); replies of at most 24 tokens; 2,048 pairs to learn from and 500 held out, of other
+  prompts.
 - n = 32, 128, 512, 2,048 of these pairs; one pass, and at least 12 steps of 8 × 256; with pretraining and
   without, all else equal. Five seeds of data and training. Measured: accuracy on the held-out pairs.
 - "Pretraining helps" holds when the mean over n of the gain in accuracy is above 0: mean over the seeds,
   whole interval (Student).
 - Control (null = the lower end of the same gain is not above 0): pretraining on the same pairs, labelled by
   coins.
-- Reported without a verdict, where $DANLU_DATA has them: the same for HH's harmless-base pairs (1,500 to
-  learn from, up to 500 held out, those of at most 256 tokens).
+- Reported without a verdict, where $DANLU_DATA has them: the same for HH's harmless-base pairs of at most 256
+  tokens, 500 to learn from and up to 500 others held out.
 
 Not tested: the paper's data and sizes; that the gain grows with size.
 """
@@ -59,12 +62,12 @@ class Setup:
     """The sizes of the experiment; the defaults are the rule's."""
 
     steps: tuple[int, int] = (300, 80)
-    less: tuple[int, int] = (60, 20)
+    less: tuple[int, int] = (150, 40)
     seeds: int = 5
-    pretraining: int = 4000
+    pretraining: int = 12_000
     counts: tuple[int, ...] = (32, 128, 512, 2048)
     held_out: int = 500
-    harmless: tuple[int, int] = (1500, 500)
+    harmless: tuple[int, int] = (500, 500)
 
 
 def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Result:
