@@ -16,7 +16,8 @@ from danlu.cli import VERBS
 from danlu.core.bench import BENCHMARKS
 from danlu.core.commands import Call, options, parse
 from danlu.core.config import make_config
-from danlu.core.recipe import find_recipe, read_recipe
+from danlu.core.errors import UserError
+from danlu.core.recipe import RECIPES, find_recipe, read_recipe
 from danlu.papers.reproduce import EXPERIMENTS
 from danlu.train.config import PretrainConfig
 
@@ -211,6 +212,20 @@ def test_recipes_are_valid(page: Path, block: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(block, "utf-8")
     read_recipe(recipe, VERBS)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_can_run(path: Path) -> None:
+    """To the last option, which is checked before anything runs."""
+    read_recipe(path, VERBS)
+
+
+@pytest.mark.parametrize("verb", ["sft", "reward", "dpo", "grpo", "ppo", "best-of-n"])
+def test_a_stage_that_lacks_its_model_is_found_before_anything_runs(verb: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"name: lacks\nstages: [{{name: one, verb: {verb}, options: {{data: rows}}}}]", "utf-8")
+    with pytest.raises(UserError, match="stage one: init_from: is required and missing"):
+        read_recipe(recipe, VERBS)
 
 
 def test_recipes_that_go_by_their_name_are_there() -> None:

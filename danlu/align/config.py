@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from danlu.core.config import Config, InputMark, InputPath, StageConfig
 from danlu.evaluate.config import apart
-from danlu.train.config import GuardConfig, OptimConfig, TrainConfig
+from danlu.train.config import GuardConfig, OptimConfig, StartedConfig
 
 
 class PreferenceLossConfig(Config):
@@ -26,7 +26,7 @@ class PreferenceLossConfig(Config):
     bad_weight: float = Field(1.0, gt=0, description="kto: weight of replies that were judged bad")
 
 
-class RewardConfig(TrainConfig):
+class RewardConfig(StartedConfig):
     """`danlu reward`: a model of rewards, learnt from preferences."""
 
     weighting: Literal["pair", "ranking"] = Field(
@@ -46,7 +46,7 @@ class RewardConfig(TrainConfig):
     optim: OptimConfig = Field(OptimConfig(lr=1e-4, weight_decay=0.0), description="optimiser")
 
 
-class DPOConfig(TrainConfig):
+class DPOConfig(StartedConfig):
     """`danlu dpo`: a policy learns from preferences directly."""
 
     loss: Literal["dpo", "ipo", "simpo", "orpo", "kto"] = Field(
@@ -127,7 +127,7 @@ class Drawing(Config):
 class BestOfNConfig(StageConfig, Drawing):
     """`danlu best-of-n`: of several replies those with the best rewards become data."""
 
-    init_from: Annotated[str, InputMark()] | None = Field(None, description="chat model that answers")
+    init_from: Annotated[str, InputMark()] = Field(description="chat model that answers")
     n: int = Field(16, ge=2, description="replies to each prompt")
     keep: Literal["best", "pairs", "questions"] = Field(
         "best",
@@ -153,7 +153,7 @@ class BestOfNConfig(StageConfig, Drawing):
         return apart([values] if isinstance(values, str) else [str(value) for value in values])
 
 
-class RLConfig(Drawing, TrainConfig):
+class RLConfig(Drawing, StartedConfig):
     """What PPO and GRPO have in common: replies are drawn, rewarded and learnt from."""
 
     sequence_length: int = Field(512, ge=2, description="tokens in a packed sequence")

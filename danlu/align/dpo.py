@@ -28,8 +28,6 @@ from danlu.train.result import TrainResult
 
 def dpo(config: DPOConfig, hooks: Hooks | None = None) -> TrainResult:
     """Trains the model that `init_from` names on preferences; loss and accuracy on held-out pairs."""
-    if config.init_from is None:
-        raise UserError(f"{config.loss}: init_from is required and missing", "name a chat model's folder")
     if config.parallel != "ddp":
         raise UserError(
             f"dpo with parallel {config.parallel}: its reference isn't spread", "set parallel ddp"

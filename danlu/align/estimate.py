@@ -65,7 +65,7 @@ def prompt_tokens(
 
 def estimate_best_of_n(config: BestOfNConfig, upstream: Mapping[str, Estimate]) -> Estimate:
     """Reading each prompt once, and drawing all its replies at their longest."""
-    sizes, problems = sizes_of_start(config.init_from or "", upstream)
+    sizes, problems = sizes_of_start(config.init_from, upstream)
     prompts = len(config.data.read_bytes().splitlines()) if config.data.is_file() else PROMPTS
     prompts = min(prompts, config.limit + config.held_out_prompts) if config.limit else prompts
     tokens = int(prompts * (prompt_tokens(config, sizes, upstream, problems) + config.n * config.max_tokens))

@@ -28,8 +28,6 @@ from danlu.train.result import TrainResult
 
 def reward(config: RewardConfig, hooks: Hooks | None = None) -> TrainResult:
     """Trains a model of rewards from the model that `init_from` names; accuracy on held-out pairs."""
-    if config.init_from is None:
-        raise UserError("reward: init_from is required and missing", "name a chat model's folder")
     if config.lora is not None:
         raise UserError("reward with lora: the head is trained with all weights", "leave lora out")
     if config.parallel == "tensor":

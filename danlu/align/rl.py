@@ -48,8 +48,6 @@ from danlu.train.run import Data, Stopped
 
 def check(config: RLConfig, name: str) -> None:
     """Raises UserError for what no policy can be trained with."""
-    if config.init_from is None:
-        raise UserError(f"{name}: init_from is required and missing", "name a chat model's folder")
     if config.parallel != "ddp":
         raise UserError(
             f"{name} with parallel {config.parallel}: the policy isn't spread", "set parallel ddp"

@@ -42,8 +42,6 @@ Row = dict[str, Any]
 
 def best_of_n(config: BestOfNConfig) -> dict[str, Any]:
     """Answers each prompt `n` times and keeps what `keep` says. Goes on where an earlier call was cut."""
-    if config.init_from is None:
-        raise UserError("best-of-n: init_from is required and missing", "name a chat model")
     device = choose_device()
     model, tokenizer = load(config.init_from, dtype=torch.float32, device=device)
     model.compute_dtype = dtype = choose_dtype(device=device)

@@ -148,7 +148,15 @@ class PretrainConfig(TrainConfig):
     """`danlu pretrain`: a new model, or (with `init_from`) continued pretraining."""
 
 
-class SFTConfig(TrainConfig):
+class StartedConfig(TrainConfig):
+    """Of a verb that teaches a model something more."""
+
+    init_from: InputPath = Field(
+        description="model to start from: a run folder, a Hugging Face folder, a .gguf file or smollm2"
+    )
+
+
+class SFTConfig(StartedConfig):
     """`danlu sft`: supervised fine-tuning on conversations, loss on the replies only."""
 
     optim: OptimConfig = Field(OptimConfig(lr=3e-4), description="optimiser")

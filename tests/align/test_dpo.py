@@ -204,7 +204,6 @@ def test_a_run_that_was_cut_resumes_to_the_bit(preferences: Path, chat_model: Pa
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"init_from": None}, "init_from is required"),
         ({"parallel": "fsdp"}, "its reference isn't spread"),
         ({"sequence_length": 8}, "within sequence_length 8"),
     ],

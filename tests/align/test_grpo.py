@@ -310,7 +310,6 @@ def test_rows_in_which_nobody_asks_are_left_out_and_counted(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"init_from": None}, "init_from is required"),
         ({"group_size": 1}, "no others to be compared with"),
         ({"rewards": []}, "no reward is given"),
         ({"sequence_length": 20}, "no prompt to learn from; 24 are longer than 8 tokens"),

@@ -170,7 +170,6 @@ def test_a_model_of_rewards_goes_on_learning(trained: Any, preferences: Path, tm
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"init_from": None}, "init_from is required"),
         ({"lora": {"rank": 2}}, "reward with lora"),
         ({"parallel": "tensor"}, "its head isn't split"),
     ],

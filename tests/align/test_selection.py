@@ -153,8 +153,3 @@ def test_a_run_that_was_cut_goes_on(
     assert (out / "replies.jsonl").read_text() == text
     with pytest.raises(UserError, match="drawn with other settings"):
         best_of_n(config(prompts, chat_model, out, n=3))
-
-
-def test_no_model(prompts: Path, chat_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="init_from is required"):
-        best_of_n(config(prompts, chat_model, tmp_path, init_from=None))
