@@ -11,8 +11,8 @@ The rule, written before the first run:
   reply to something else, the same words shuffled, and a few of them again and again, so that it knows more
   than the first policy's replies show; frozen; mean 0 and deviation 1 over the first policy's replies.
 - Proxies: 0.1, 0.6 and 2.6 million parameters (300 steps of the same text), each a model of rewards of 200,
-  1,000 and 5,000 pairs of the first policy's replies, of which gold is asked for the better one; one pass,
-  and at least 25 steps of 8 × 256; scores standardised as gold's.
+  1,000 and 5,000 pairs of the first policy's replies to about 3,000 prompts, of which gold is asked for the
+  better one; one pass, and at least 25 steps of 8 × 256; scores standardised as gold's.
 - Best-of-n: 100 prompts with 1,024 replies each, n = 1 … 1,024, by the unbiased estimator; divergence
   log n − (n − 1) / n. Reinforcement learning: PPO without any weight of the divergence, 80 rollouts of 128
   replies, four updates each, rate 2e-4; the mean divergence of a reply and the mean of gold of each rollout.
@@ -48,6 +48,7 @@ from danlu.align.best_of_n import expected_best, kl_bound
 from danlu.align.config import RewardSource
 from danlu.align.reward import RewardModel
 from danlu.core.device import choose_dtype
+from danlu.core.errors import UserError
 from danlu.core.files import atomic_write
 from danlu.core.progress import track
 from danlu.data.documents import Document, read_rows
@@ -210,21 +211,24 @@ def proxy_models(
     folder: Path, tokens: Path, base: Path, prompts: Path, gold: Path, setup: Setup, seed: int
 ) -> tuple[dict[str, Path], dict[str, float | None]]:
     """Each size after each number of labels, and how often each is right about held-out pairs."""
-    labels = label(
-        base,
-        prompts,
-        max(setup.labels),
-        folder / "labels",
-        seed + 1,
-        [RewardSource(model=gold)],
-    )
+    most = max(setup.labels)
+    # There are fewer prompts than labels: some get two.
+    labels = [
+        label(base, prompts, most, folder / name, seed + further, [RewardSource(model=gold)])
+        for further, name in enumerate(("labels", "labels-again"), 1)
+    ]
+    learnt, held_out = pairs_of(labels, "train"), pairs_of(labels[:1], "held_out")
+    if len(learnt) < most:
+        raise UserError(
+            f"{folder}: {len(learnt):,} pairs, {most:,} labels are asked for", "give more prompts"
+        )
     found, accuracies = {}, {}
     for size, model in PROXIES.items():
         text = text_model(tokens, folder / f"text-{size}", model, setup.steps[0], seed)
         for n in setup.labels:
             name = f"{size}, {n:,} labels"
             out = folder / f"proxy-{size}-{n}"
-            parts = {part: pairs_of([labels], part, n) for part in ("train", "held_out")}
+            parts = {"train": learnt[:n], "held_out": held_out[:n]}
             rows = preference_tokens(parts, tokens / "tokenizer", out)
             found[name], accuracies[name] = preference_model(rows, text, out / "run", seed, max(25, n // 32))
     return found, accuracies
@@ -236,24 +240,26 @@ def proxy_models(
 def scores(
     folder: Path, base: Path, prompts: Path, models: dict[str, Path], setup: Setup, seed: int
 ) -> dict[str, np.ndarray]:
-    """(prompts, replies) of what each model says of the first policy's replies."""
-    file = folder / "best-of-n.npy"
-    if file.exists():
-        return dict(zip(models, np.load(file), strict=True))
+    """(prompts, replies) of what each model says of the first policy's replies; kept in a file of each."""
     asked = [row["prompt"] for _, row in islice(read_rows(prompts), setup.asked)]
     each = [text for text in asked for _ in range(setup.replies)]
     texts = answered(base, each, folder / "replies.json", seed)
     replies = [texts[n : n + setup.replies] for n in range(0, len(texts), setup.replies)]
-    found = {name: np.zeros((len(asked), setup.replies)) for name in models}
+    found: dict[str, np.ndarray] = {}
     for name, path in models.items():
+        file = folder / "best-of-n" / f"{name}.npy"
+        if file.exists():
+            found[name] = np.load(file)
+            continue
+        found[name] = np.zeros((len(asked), setup.replies))
         judge = RewardModel(path, dtype=choose_dtype())
         for number, texts in track(enumerate(replies), f"rewards, {name}", total=len(asked)):
             distinct = list(dict.fromkeys(texts))
             said = judge([[{"role": "user", "content": asked[number]}]] * len(distinct), distinct)
             values = dict(zip(distinct, said, strict=True))
             found[name][number] = [values[text] for text in texts]
-    with atomic_write(file, "wb") as opened:
-        np.save(opened, np.stack(list(found.values())))
+        with atomic_write(file, "wb") as opened:
+            np.save(opened, found[name])
     return found
 
 
