@@ -1,8 +1,9 @@
-"""Documents in and out: text, JSONL and Parquet, plain or compressed, one at a time in bounded memory."""
+"""Documents in and out: text, JSON and Parquet, plain or compressed, one at a time in bounded memory."""
 
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from danlu.core.files import atomic_write, os_errors
 from danlu.data.conversations import plain_text, to_messages
 from danlu.data.rankings import Ranked, is_ranked, to_ranked
 
-TEXT, LINES, TABLE = {".txt", ".md", ".text"}, {".jsonl", ".ndjson"}, {".parquet"}
+TEXT, LINES, TABLE = {".txt", ".md", ".text"}, {".jsonl", ".ndjson", ".json"}, {".parquet"}
+_BETWEEN = re.compile(r"[\s,]*")
 PIECE = 1 << 16
 """A text file has no documents of its own: it is read in pieces of about so many characters."""
 
@@ -106,8 +108,15 @@ def to_document(row: Any, identifier: str, where: str, text_key: str = "text") -
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each line of a JSONL file that isn't blank."""
-    with _open(path) as file:
+    """(line number, value) of each line of a JSONL file that isn't blank; of each element of a JSON list."""
+    with _open(path) as opened:
+        file: Iterable[bytes] = opened
+        if _suffix(path) == ".json":
+            whole = opened.read()
+            if whole.lstrip()[:1] == b"[":
+                yield from _elements(whole, path)
+                return
+            file = whole.splitlines()
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -120,6 +129,26 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 raise UserError(
                     f"{where}: not valid JSON: {error.msg} at column {error.colno}", "mend or remove the line"
                 ) from None
+
+
+def _elements(raw: bytes, path: Path) -> Iterator[tuple[int, Any]]:
+    """(line that it begins in, value) of each element of a JSON list."""
+    try:
+        text = raw.decode("utf-8")
+        elements = json.loads(text)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8", "save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}",
+            "mend that place",
+        ) from None
+    scan, line, seen, at = json.JSONDecoder().raw_decode, 1, 0, text.index("[") + 1
+    for element in elements:
+        at += len(_BETWEEN.match(text, at)[0])  # type: ignore[index]
+        line, seen = line + text.count("\n", seen, at), at
+        yield line, element
+        _, at = scan(text, at)
 
 
 def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
@@ -155,8 +184,13 @@ def _pieces(path: Path) -> Iterator[str]:
         yield "".join(held)
 
 
+def _suffix(path: Path) -> str:
+    """The file's ending, but for that of its compression."""
+    return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+
+
 def _kind(path: Path) -> str:
-    suffix = Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+    suffix = _suffix(path)
     if suffix not in TEXT | LINES | TABLE:
         known = ", ".join(sorted(TEXT | LINES | TABLE))
         raise UserError(

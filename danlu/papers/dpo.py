@@ -37,7 +37,7 @@ from danlu.align.config import DPOConfig
 from danlu.align.dpo import dpo
 from danlu.align.rollouts import pack
 from danlu.core.errors import UserError
-from danlu.core.files import read_json, read_text
+from danlu.core.files import read_json
 from danlu.data.documents import Document, read_rows, write_documents
 from danlu.data.rankings import Ranked, to_ranked
 from danlu.evaluate.config import EvalConfig
@@ -147,10 +147,9 @@ def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Re
 
 def read_pairs(path: Path, tokenizer: Tokenizer, longest: int) -> list[Pair]:
     """The pairs of a JSONL file or a JSON list that can be learnt from and are short enough."""
-    rows: Any = enumerate(json.loads(read_text(path)), 1) if path.suffix == ".json" else read_rows(path)
     found = []
-    for number, row in rows:
-        for ranked in to_ranked(row, f"{path}, row {number}"):
+    for number, row in read_rows(path):
+        for ranked in to_ranked(row, f"{path}, line {number}"):
             if ranked.fault or len(ranked.replies) != 2:
                 continue
             rendered = [render_reply(ranked.prompt, reply, tokenizer) for reply in ranked.replies]

@@ -1,14 +1,11 @@
 """Instruction rows, and text that has nothing to do with them, for experiments that adapt a model."""
 
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from danlu.core.errors import UserError
-from danlu.core.files import read_text
 from danlu.data.chitchat import read_chitchat
 from danlu.data.config import CHITCHAT
 from danlu.data.conversations import has_reply, plain_text, to_messages
@@ -40,13 +37,10 @@ def unrelated_source() -> str:
 
 def instructions(source: Path) -> Iterator[Document]:
     """The conversations of a JSONL file or a JSON list, in their order; also rows of question and answer."""
-    rows: Iterable[tuple[int, Any]] = (
-        enumerate(json.loads(read_text(source)), 1) if source.suffix == ".json" else read_rows(source)
-    )
-    for number, row in rows:
+    for number, row in read_rows(source):
         if {"question", "answer"} <= row.keys():
             row = {"prompt": row["question"], "completion": row["answer"]}
-        messages = to_messages(row, f"{source}, row {number}")
+        messages = to_messages(row, f"{source}, line {number}")
         if messages is not None and has_reply(messages):
             yield Document(str(number), plain_text(messages), messages)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from danlu.core.errors import UserError
 from danlu.data.check import check
 from danlu.data.config import CheckConfig
-from danlu.data.documents import PIECE, Document, read_documents, write_documents
+from danlu.data.documents import PIECE, Document, read_documents, read_rows, write_documents
 from danlu.data.prepare import normalise
 
 TEXTS = ["one\ntwo\n", "丹炉", "naïve café", '{"not": "json"}']
@@ -33,6 +33,24 @@ def test_lines_plain_and_compressed(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"rows.jsonl{ending}"
     path.write_bytes(compress(LINES))
     assert texts(path) == TEXTS
+
+
+@pytest.mark.parametrize("raw", [json.dumps(ROWS).encode(), json.dumps(ROWS, indent=2).encode(), LINES])
+def test_a_list_or_lines(tmp_path: Path, raw: bytes) -> None:
+    """What ends in .json may be either."""
+    (tmp_path / "rows.json").write_bytes(raw)
+    (tmp_path / "packed.json.gz").write_bytes(gzip.compress(raw))
+    assert texts(tmp_path / "rows.json") == texts(tmp_path / "packed.json.gz") == TEXTS
+
+
+def test_elements_of_a_list_are_found_by_their_lines(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"a": "[,]"},\n\n  {"a": [1,\n2]}, 3,\n"x"\n]\n')
+    assert list(read_rows(tmp_path / "rows.json")) == [
+        (1, {"a": "[,]"}),
+        (3, {"a": [1, 2]}),
+        (4, 3),
+        (5, "x"),
+    ]
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -79,6 +97,11 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ("a.jsonl", b'{"messages": [{"role": "user"}]}', r'message 1: a message needs "role" and "content"'),
         ("a.jsonl", b'{"messages": [{"role": "cat", "content": ""}]}', r"message 1: unknown role 'cat'"),
         ("a.jsonl", b'{"prompt": "x", "completion": 3}', r"message 2: content is not text"),
+        ("a.json", b'[{"text": "x"},\n{"text": ]', r"a\.json, line 2: not valid JSON: .* at column 10"),
+        ("a.json", b'[{"text": "x"},\n\n3]', r"a\.json, line 3: expected an object, found int"),
+        ("a.json", b'{\n"text": "x"}', r"a\.json, line 1: not valid JSON"),
+        ("a.json", b"[]", r"a\.json: no document in it"),
+        ("a.json", b'["\xff"]', r"a\.json: not UTF-8"),
         ("a.txt", b"", r"a\.txt: no document in it"),
         ("a.txt", b"one\ntwo \xe4\n", r"a\.txt, line 2: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-9], r"a\.jsonl\.gz: damaged"),
