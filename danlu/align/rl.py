@@ -52,6 +52,8 @@ def check(config: RLConfig, name: str) -> None:
         raise UserError(
             f"{name} with parallel {config.parallel}: the policy isn't spread", "set parallel ddp"
         )
+    if config.stop_loss:
+        raise UserError(f"{name} with stop_loss: no held-out loss is measured", "see stop_kl and stop_alike")
     if config.lora is not None and config.reference_decay < 1:
         raise UserError(
             f"{name} with lora and reference_decay: the reference is the base below the adapter, which stays",

@@ -94,6 +94,9 @@ class TrainConfig(StageConfig):
     eval_every: int = Field(
         200, ge=0, description="steps between evaluations on held-out data; 0 = at the end"
     )
+    stop_loss: float = Field(
+        0.0, ge=0, description="the run ends where an evaluation's held-out loss is at most this; 0 = never"
+    )
     eval_batches: int = Field(0, ge=0, description="held-out batches in one evaluation; 0 = all of them")
     sample_every: int = Field(0, ge=0, description="steps between samples; 0 = at the end")
     sample_prompts: tuple[str, ...] = Field((), description="prompts that the samples continue or answer")

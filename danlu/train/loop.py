@@ -40,7 +40,7 @@ def train(
         Interrupt() as interrupt,
     ):
         training.begin()
-        while training.step < config.steps:
+        while training.step < config.steps and not training.is_learnt():
             number = training.step + 1
             try:
                 batches = training.draw()

@@ -203,7 +203,7 @@ def seed_everything(seed: int) -> None:
 
 _FREE = {
     *("out", "data", "eval_every", "eval_batches", "sample_every", "sample_prompts", "sample_tokens"),
-    *("checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"),
+    *("checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "stop_loss"),
 }
 """Config keys that may differ on a resume: they leave the weights alone (`data` is compared by content)."""
 

@@ -237,6 +237,18 @@ class Training:
             figures = {"packed_bytes": packing.n_bytes, "packing_seconds": packing.seconds}
             self.journal.row(self.step, **figures)
 
+    def is_learnt(self) -> bool:
+        """Whether the evaluation of this step is as good as `stop_loss` asks for; then that is said."""
+        if not (self.config.stop_loss and self.is_due(self.config.eval_every)):
+            return False
+        rows = read_metrics(self.config.out) if parallel.is_main() else []
+        losses = [row["held_out_loss"] for row in rows if row["step"] == self.step and "held_out_loss" in row]
+        if not parallel.agree(bool(losses) and losses[-1] <= self.config.stop_loss):
+            return False
+        self.journal.event(self.step, f"held-out loss is at most stop_loss, {self.config.stop_loss:g}: ended")
+        self._sample()
+        return True
+
     def stop(self, reason: str) -> None:
         """Ends the run before its last step, with the newest checkpoint."""
         last = self.step

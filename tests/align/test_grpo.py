@@ -311,6 +311,7 @@ def test_rows_in_which_nobody_asks_are_left_out_and_counted(
     ("values", "message"),
     [
         ({"group_size": 1}, "no others to be compared with"),
+        ({"stop_loss": 0.5}, "no held-out loss is measured"),
         ({"rewards": []}, "no reward is given"),
         ({"sequence_length": 20}, "no prompt to learn from; 24 are longer than 8 tokens"),
     ],

@@ -18,6 +18,7 @@ from danlu.tokens.load import load_tokenizer
 from danlu.tokens.loader import Batch, held_out_batches
 from danlu.tokens.shards import Shards
 from danlu.train.checkpoint import load_weights_and_moments
+from danlu.train.journal import read_samples
 from danlu.train.loop import Hooks
 from danlu.train.pretrain import pretrain
 from danlu.train.sft import sft
@@ -190,6 +191,25 @@ def test_fine_tuning_lowers_the_held_out_loss_on_replies(
     assert result.held_out_loss is not None
     assert result.held_out_loss_before is not None
     assert result.held_out_loss < result.held_out_loss_before
+
+
+def test_a_run_ends_where_enough_is_learnt(text_tokens: Path, tmp_path: Path) -> None:
+    """At the first evaluation that is good enough, also where it is called again; the model is that step's."""
+    options: dict[str, Any] = {"steps": 40, "checkpoint_every": 100, "sample_prompts": ["A"]}
+    whole = pretrain(config(text_tokens, tmp_path / "whole", **options))
+    rows = [row for row in read_metrics(tmp_path / "whole") if "held_out_loss" in row]
+    enough = rows[3]["held_out_loss"]
+    assert min(row["held_out_loss"] for row in rows[:3]) > enough
+    found = pretrain(config(text_tokens, tmp_path / "ended", **options, stop_loss=enough))
+    assert (found.steps, found.held_out_loss) == (rows[3]["step"], enough)
+    assert whole.steps == 40
+    assert "at most stop_loss" in (tmp_path / "ended" / "logbook.md").read_text("utf-8")
+    assert len(read_samples(tmp_path / "ended")) == 1
+    (tmp_path / "ended" / "model" / "model.safetensors").unlink()
+    again = pretrain(config(text_tokens, tmp_path / "ended", **options, stop_loss=enough))
+    assert (again.steps, again.held_out_loss) == (found.steps, found.held_out_loss)
+    cut = pretrain(config(text_tokens, tmp_path / "cut", **{**options, "steps": found.steps}))
+    assert cut.held_out_loss == pytest.approx(found.held_out_loss, rel=0.2)
 
 
 def test_conversations_that_are_too_long_are_said(
