@@ -194,7 +194,7 @@ def test_fine_tuning_lowers_the_held_out_loss_on_replies(
 
 
 def test_a_run_ends_where_enough_is_learnt(text_tokens: Path, tmp_path: Path) -> None:
-    """At the first evaluation that is good enough, also where it is called again; the model is that step's."""
+    """At the first evaluation that is good enough, also when it is called again."""
     options: dict[str, Any] = {"steps": 40, "checkpoint_every": 100, "sample_prompts": ["A"]}
     whole = pretrain(config(text_tokens, tmp_path / "whole", **options))
     rows = [row for row in read_metrics(tmp_path / "whole") if "held_out_loss" in row]
