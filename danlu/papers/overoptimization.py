@@ -26,7 +26,8 @@ The rule, written before the first run:
   the squared error on the points between, d (α − β d) is better for best-of-n than d (α − β log d) in at
   least 5 of 9, and the other way round for reinforcement learning in at least 5 of 9. d α and
   d (α − β d²) stand beside them.
-- Reported without a verdict: the highest gold by size and by labels.
+- Reported without a verdict: the highest gold by size and by labels; α and β with intervals (95 %, by prompts
+  for best-of-n, by blocks of ten rollouts for reinforcement learning).
 - Control (null = the interval by prompts holds 0): gold of the best of 1,024 by numbers drawn at random, less
   the mean of the prompt's replies; the mean of 30 draws. The first run drew once, which voids a run in
   twenty by itself, and so it did (LOG.md); nothing else of the rule is changed.
@@ -123,7 +124,8 @@ def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Re
     gold = gold_model(folder, tokens, base, prompts, setup, seed)
     proxies, accuracies = proxy_models(folder, tokens, base, prompts, gold, setup, seed)
     scored = scores(folder, base, prompts, {"gold": gold, **proxies}, setup, seed)
-    gained = {name: best_curve(scored["gold"], scored[name]) for name in proxies}
+    by_prompt = {name: best_curves(scored["gold"], scored[name]) for name in proxies}
+    gained = {name: mean_curve(curves) for name, curves in by_prompt.items()}
     learnt = {
         name: ppo_curve(folder, base, prompts, gold, proxies[name], name, scored, setup, seed)
         for name in proxies
@@ -157,11 +159,12 @@ def run(config: ReproduceConfig, folder: Path, setup: Setup | None = None) -> Re
                         for form, error in found[name].items()
                     },
                     **{
-                        f"{way}: α and β of {form}": coefficients(curve, form)
-                        for way, curve, form in (
-                            ("best-of-n", gained[name], BEST),
-                            ("reinforcement learning", learnt[name], LEARNT),
+                        f"{way}: {letter} of {form}, with its interval": [value, *interval]
+                        for way, form, fits in (
+                            ("best-of-n", BEST, fitted_by_prompt(by_prompt[name], BEST)),
+                            ("reinforcement learning", LEARNT, fitted_by_blocks(learnt[name], LEARNT, seed)),
                         )
+                        for letter, (value, interval) in zip("αβ", fits, strict=True)
                     },
                 }
                 for name in proxies
@@ -278,12 +281,20 @@ def best_of(gold: np.ndarray, proxy: np.ndarray, n: int) -> np.ndarray:
     ).T
 
 
-def best_curve(gold: np.ndarray, proxy: np.ndarray) -> Curve:
+def best_curves(gold: np.ndarray, proxy: np.ndarray) -> list[Curve]:
+    """Of each prompt."""
     ns = [2**k for k in range(int(np.log2(gold.shape[1])) + 1)]
-    means = [best_of(gold, proxy, n).mean(1) for n in ns]
-    return Curve(
-        [kl_bound(n) for n in ns], [float(one[0]) for one in means], [float(one[1]) for one in means]
+    kl = [kl_bound(n) for n in ns]
+    found = np.array([best_of(gold, proxy, n) for n in ns])
+    return [Curve(kl, *found[:, :, place].T.tolist()) for place in range(len(gold))]
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Of curves with the same divergences."""
+    proxy, gold = (
+        np.mean([getattr(one, side) for one in curves], axis=0).tolist() for side in ("proxy", "gold")
     )
+    return Curve(curves[0].kl, proxy, gold)
 
 
 # Reinforcement learning
@@ -345,6 +356,28 @@ def coefficients(curve: Curve, form: str) -> list[float]:
     """α and β, of all points with KL ≥ 0.5."""
     d, gold = points(curve)
     return [float(value) for value in np.linalg.lstsq(FORMS[form](d), gold, rcond=None)[0]]
+
+
+Fitted = tuple[float, Interval]
+
+
+def fitted_by_prompt(curves: Sequence[Curve], form: str) -> list[Fitted]:
+    """α and β with intervals by prompts: a fit of means is the mean of the fits, which are linear."""
+    fits = np.array([coefficients(one, form) for one in curves])
+    return [(float(fit.mean()), bootstrap_interval(fit.tolist())) for fit in fits.T]
+
+
+def fitted_by_blocks(curve: Curve, form: str, seed: int, length: int = 10) -> list[Fitted]:
+    """α and β with intervals by blocks of so many rollouts, since those in a row are alike."""
+    d, gold = points(curve)
+    blocks = np.array_split(np.arange(len(d)), max(2, len(d) // length))
+    chance, columns = np.random.default_rng(seed), FORMS[form](d)
+    fits = []
+    for _ in range(1000):
+        drawn = np.concatenate([blocks[i] for i in chance.integers(len(blocks), size=len(blocks))])
+        fits.append(np.linalg.lstsq(columns[drawn], gold[drawn], rcond=None)[0])
+    ends = np.percentile(fits, (2.5, 97.5), axis=0).T.tolist()
+    return [(value, (low, high)) for value, (low, high) in zip(coefficients(curve, form), ends, strict=True)]
 
 
 def smooth(values: Sequence[float], width: int = 10) -> np.ndarray:

@@ -102,8 +102,8 @@ def test_hh_s_claims_can_come_out_either_way() -> None:
 # Overoptimisation
 
 
-def curve(form: str, alpha: float, beta: float, noise: float) -> Curve:
-    chance = np.random.default_rng(0)
+def curve(form: str, alpha: float, beta: float, noise: float, seed: int = 0) -> Curve:
+    chance = np.random.default_rng(seed)
     kl = np.linspace(0.1, 30, 80)
     d = np.sqrt(kl)
     gold = overoptimization.FORMS[form](d) @ [alpha, beta] + noise * chance.standard_normal(80)
@@ -116,6 +116,19 @@ def test_the_form_that_made_a_curve_fits_it(form: str, other: str) -> None:
     errors = overoptimization.form_errors(made)
     assert errors[form] < errors[other]
     assert overoptimization.coefficients(made, form) == pytest.approx([1.0, 0.3], abs=0.05)
+
+
+@pytest.mark.parametrize("form", [BEST, LEARNT])
+def test_what_made_a_curve_is_within_the_intervals(form: str) -> None:
+    """Of many curves, and of one whose points are noisy; the mean of fits is the fit of means."""
+    many = [curve(form, 1.0, 0.3, 0.05, seed) for seed in range(40)]
+    by_prompt = overoptimization.fitted_by_prompt(many, form)
+    whole = overoptimization.coefficients(overoptimization.mean_curve(many), form)
+    assert [value for value, _ in by_prompt] == pytest.approx(whole)
+    for fits in (by_prompt, overoptimization.fitted_by_blocks(many[0], form, 0)):
+        for (value, (low, high)), true in zip(fits, (1.0, 0.3), strict=True):
+            assert low < value < high
+            assert low - 0.02 < true < high + 0.02
 
 
 def test_overoptimization_s_claims_can_come_out_either_way() -> None:
