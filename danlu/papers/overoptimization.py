@@ -30,7 +30,7 @@ The rule, written before the first run:
   for best-of-n, by blocks of ten rollouts for reinforcement learning).
 - Control (null = the interval by prompts holds 0): gold of the best of 1,024 by numbers drawn at random, less
   the mean of the prompt's replies; the mean of 30 draws. The first run drew once, which voids a run in
-  twenty by itself, and so it did (LOG.md); nothing else of the rule is changed.
+  twenty by itself, and so it did (LOG.md); no claim's rule is changed.
 
 Not tested: larger models, people as gold.
 """

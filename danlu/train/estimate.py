@@ -28,7 +28,7 @@ START_SECONDS, COMPILE_SECONDS = 2, 5
 def estimate_training(config: TrainConfig, upstream: Mapping[str, Estimate]) -> Estimate:
     """`upstream`: the estimates of the stages that `data` and `init_from` read, where these are stages."""
     data = upstream.get("data", Estimate()).outputs
-    sizes, problems = sizes_to_train(config, upstream)
+    sizes, problems = _sizes(config, upstream)
     vocabulary = data.get("vocab_size")
     if config.model is not None and vocabulary not in (None, sizes.vocab_size):
         problems.append(f"model.vocab_size is {sizes.vocab_size}, the tokenizer has {vocabulary} entries")
@@ -73,7 +73,7 @@ def estimate_training(config: TrainConfig, upstream: Mapping[str, Estimate]) -> 
     return Estimate(tokens, flops, memory, seconds, outputs, problems)
 
 
-def sizes_to_train(config: TrainConfig, upstream: Mapping[str, Estimate]) -> tuple[ModelConfig, list[str]]:
+def _sizes(config: TrainConfig, upstream: Mapping[str, Estimate]) -> tuple[ModelConfig, list[str]]:
     """The sizes of the model to be trained, and what speaks against them."""
     if config.model is not None:
         return config.model, []
