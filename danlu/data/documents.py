@@ -1,4 +1,7 @@
-"""Documents in and out: text, JSON and Parquet, plain or compressed, one at a time in bounded memory."""
+"""Documents in and out: text, JSON and Parquet, plain or compressed, one at a time in bounded memory.
+
+But for a list in a .json file, which is read whole.
+"""
 
 import gzip
 import io
